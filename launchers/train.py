@@ -1,0 +1,129 @@
+"""Starts a training run: every launcher (torchrun, srun, mpirun) calls this file once per process.
+
+The config is read and checked before any process group starts. A user's mistake ends every process with exit code 2 and one message.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megapref import config
+from megapref.checks import check_plugins
+from megapref.plugins import describe, did_you_mean, show
+from megapref.schema import MISSING, options
+
+USAGE = """\
+usage: torchrun --nproc-per-node N launchers/train.py --config-name RECIPE [--config-dir DIR] [KEY=VALUE | GROUP=OPTION ...]
+
+  --config-name RECIPE   the recipe to run
+  --config-dir DIR       more recipes and groups, your own
+  --cfg                  print the resolved config and stop
+  --help                 print this text and stop
+
+Overrides: optimizer.lr=1e-5   parallel=tp2   data.train='[{path: a.jsonl}]'   +loss.params.label_smoothing=0.1   ~reward.kindness"""
+EXIT_USER_ERROR = 2
+# torchrun stops all processes as soon as one has ended: the others leave rank 0 the time to say why.
+SECONDS_FOR_RANK_0 = 10.0
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The command line, taken apart."""
+
+    config_name: str | None = None
+    config_dir: str | None = None
+    show_config: bool = False
+    show_help: bool = False
+    overrides: list[str] = field(default_factory=list)
+
+
+def parse(argv: list[str]) -> Arguments:
+    """Returns the command line taken apart; ValueError names an unknown option or one without its value."""
+    values: dict[str, str | bool] = {}
+    overrides = []
+    words = iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name in ("--config-name", "--config-dir"):
+            values[name] = value if equals else next(words, "")
+            if not values[name]:
+                raise ValueError(f"{name} needs a value: {name} {'RECIPE' if name == '--config-name' else 'DIR'}")
+        elif word in ("--cfg", "--help", "-h"):
+            values[word] = True
+        elif word.startswith("-"):
+            known = ("--config-name", "--config-dir", "--cfg", "--help")
+            raise ValueError(f"{word}: unknown option{did_you_mean(name, known)}; there are {', '.join(known)}")
+        else:
+            overrides.append(word)
+    return Arguments(
+        values.get("--config-name"), values.get("--config-dir"), "--cfg" in values, bool(values.keys() & {"--help", "-h"}), overrides
+    )
+
+
+def help_text(directories: list[Path]) -> str:
+    """Returns usage, recipes, groups and every key with its default, rule and comment."""
+    lines = [USAGE, "", "Recipes"]
+    for name, path in config.recipes(directories).items():
+        first = path.read_text().partition("\n")[0]
+        lines.append(f"  {name:<14}{first.removeprefix('# ') if first.startswith('#') else ''}".rstrip())
+    lines += ["", "Groups (GROUP=OPTION)"]
+    lines += [f"  {group:<14}{', '.join(names)}" for group, names in config.groups(directories).items()]
+    lines += ["", "Keys (KEY=VALUE), their defaults where the recipe gives no value"]
+    for option in options(config.Config):
+        default = "" if option.default == MISSING else show(option.default)
+        lines.append(f"  {f'{option.key}={default}':<44} {describe(option.hint)}{f' # {option.comment}' if option.comment else ''}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code: 0, or 2 after a user's mistake. Other errors are raised as they are."""
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        arguments = parse(argv)
+        directories = config.search_path(arguments.config_dir)
+        if arguments.show_help:
+            say(rank, help_text(directories))
+            return 0
+        if arguments.config_name is None:
+            raise ValueError(f"--config-name is missing; there are {', '.join(sorted(config.recipes(directories)))} (and --help)")
+        num_processes = os.environ.get("WORLD_SIZE", None if arguments.show_config else "1")
+        cfg = config.load(arguments.config_name, arguments.overrides, arguments.config_dir, num_processes and int(num_processes))
+        if arguments.show_config:
+            say(rank, config.to_yaml(cfg).rstrip())
+            return 0
+        check_plugins(cfg)
+    except ValueError as error:
+        return fail(rank, str(error))
+
+    from megapref.train import main as train  # torch and Core: not for --help, --cfg or a wrong config
+
+    try:
+        train(cfg)
+    except ValueError as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        return fail(rank, f"{error}\n(raised in {where.name}, {where.filename}:{where.lineno})", every_rank=True)
+    return 0
+
+
+def say(rank: int, text: str) -> None:
+    """Prints on rank 0."""
+    if rank == 0:
+        print(text, flush=True)
+
+
+def fail(rank: int, message: str, every_rank: bool = False) -> int:
+    """Prints the message on rank 0, with `every_rank` also where a process is left to itself for a while; returns the exit code."""
+    if rank > 0:
+        time.sleep(SECONDS_FOR_RANK_0)
+    if rank == 0 or every_rank:
+        print(f"megapref cannot run this{f' (rank {rank})' if rank else ''}:\n{message}", file=sys.stderr, flush=True)
+    return EXIT_USER_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

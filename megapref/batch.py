@@ -1,0 +1,147 @@
+"""The types that everything agrees on. `TokenPair` is the waist: all above it makes pairs and knows no GPU, all below trains on them and knows no text.
+
+Legend of the suffixes, which name logical dimensions whatever the shard:
+T tokens in a pack, K trained completion tokens in a pack, P pairs, 2 = (first, second), S attention segments, V vocabulary, H hidden, N heads, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt: its tokens, its text, the row it came from (judges and rewards see the row's columns), its number in the data set."""
+
+    ids: list[int]
+    text: str
+    row: dict[str, Any]
+    index: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled completion. `ids` ends with the stop token when `finished`; nothing follows it."""
+
+    ids: list[int]
+    text: str
+    finished: bool
+
+
+@dataclass(frozen=True)
+class TokenPair:
+    """A prompt with two completions. `preference` is P(first is better); an empty `second_ids` trains on the first alone."""
+
+    prompt_ids: Sequence[int]
+    first_ids: Sequence[int]
+    second_ids: Sequence[int] = ()
+    preference: float = 1.0
+    extras: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """What a pair source yields for one optimizer step: this data-parallel rank's share of the pairs and what is worth logging of their making.
+
+    `sums` maps a metric name to (sum, count); `samples` are rows for the table of completions.
+    """
+
+    step: int
+    pairs: list[TokenPair]
+    sums: dict[str, tuple[float, float]] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Pairs laid out in one sequence of T tokens.
+
+    A segment (query start, query length, prefix start, prefix length) is a run of tokens that attends to its prefix wholly and to itself causally.
+    Completion token k is predicted by hidden state `query_index_K[k]`; `cell_K` = 2 * pair + side says whose token it is.
+    """
+
+    token_ids_T: Tensor
+    position_ids_T: Tensor
+    segments_S: Tensor  # [S, 4] int64
+    query_index_K: Tensor
+    target_ids_K: Tensor
+    cell_K: Tensor
+    preference_P: Tensor  # [P] float32
+    num_padding: int = 0
+    ref_logps_K: Tensor | None = None
+    extras_P: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def num_pairs(self) -> int:
+        return len(self.preference_P)
+
+
+@dataclass(frozen=True)
+class PairLogps:
+    """Log-probabilities of completion tokens, float32, whole whatever the layout. What a loss sees."""
+
+    policy_K: Tensor
+    ref_K: Tensor
+    cell_K: Tensor
+    preference_P: Tensor
+    extras_P: dict[str, Tensor] = field(default_factory=dict)
+
+    def sum_by_completion(self, values_K: Tensor) -> Tensor:
+        """[P, 2]: values summed over the tokens of each completion."""
+        num_cells = 2 * len(self.preference_P)
+        return values_K.new_zeros(num_cells).index_add(0, self.cell_K, values_K).view(-1, 2)
+
+    @cached_property
+    def policy_P2(self) -> Tensor:
+        return self.sum_by_completion(self.policy_K)
+
+    @cached_property
+    def ref_P2(self) -> Tensor:
+        return self.sum_by_completion(self.ref_K)
+
+    @cached_property
+    def length_P2(self) -> Tensor:
+        return self.sum_by_completion(torch.ones_like(self.ref_K))
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """Sums over the pairs of one pack; the step divides them by the global sum of `count`, once."""
+
+    loss_sum: Tensor
+    count: int
+    metric_sums: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model in Core's terms, whatever the layout and the precision, and where its weights are in a Hugging Face checkpoint.
+
+    `weights` maps each Core parameter, "{layer}" standing for the layer's number, to its kind (see convert/mapping.py) and Hugging Face tensors.
+    """
+
+    family: str  # config.json's model_type
+    transformer: dict[str, Any]  # keyword arguments of Core's TransformerConfig
+    vocab_size: int
+    max_positions: int
+    rotary_frequencies: tuple[float, ...]  # radians per position, one per pair of rotated dimensions
+    tied: bool  # the output layer is the embedding
+    dtype: str  # of the checkpoint: float32, bfloat16 or float16
+    weights: dict[str, tuple[str, tuple[str, ...]]]
+
+    def padded_vocab_size(self, tensor_parallel: int) -> int:
+        """The vocabulary with rows added that are no words, so that tensor-parallel ranks hold equal shares."""
+        return -(-self.vocab_size // tensor_parallel) * tensor_parallel
+
+
+Loss = Callable[..., LossOutput]  # (PairLogps, *, params) -> LossOutput
+Reward = Callable[..., list[float | None]]  # (list[Prompt], list[Completion], *, params); None abstains
+Judge = Callable[..., list[float | None]]  # (list[Prompt], first, second, *, params) -> P(first is better); None abstains
+Generate = Callable[..., list[Completion]]  # (list[Prompt], model: "policy" | "reference", *, step, side)
+PairSource = Iterator[PairBatch]

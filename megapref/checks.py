@@ -1,0 +1,205 @@
+"""The rules between the values of a config, the files it names and the number of processes: all that can be known before a process group starts.
+
+Each group of rules yields messages `key=value rule; remedy`; `check` raises them together. `config.py` has the rules for single values.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megapref.plugins import load_plugin, show
+
+if TYPE_CHECKING:
+    from megapref.config import Config
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".arrow")
+NUM_EXPERTS_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
+
+
+def check(cfg: Config, world_size: int | None, hf_config: dict[str, Any] | None) -> None:
+    """Raises ValueError with every rule that the config breaks; what is None (unknown as yet) is left out.
+
+    `hf_config` is the model's config.json; call again once a hub model's is there.
+    """
+    errors = [*_layout(cfg, world_size), *_model(cfg, hf_config), *_lengths(cfg), *_method(cfg), *_optimizer(cfg), *_files(cfg)]
+    if errors:
+        raise ValueError("\n".join(errors))
+
+
+def check_plugins(cfg: Config) -> None:
+    """Raises ValueError with everything that is wrong with the functions that the config names; imports them (losses bring torch)."""
+    plugins = {"loss": cfg.loss} | {f"reward.{name}": plugin for name, plugin in cfg.reward.items()}
+    errors = []
+    for key, plugin in (plugins | ({"judge": cfg.judge} if cfg.judge else {})).items():
+        try:
+            load_plugin(plugin.function, plugin.params, key)
+        except ValueError as error:
+            errors.append(str(error))
+    if errors:
+        raise ValueError("\n".join(errors))
+
+
+def resolve_path(path: str) -> str:
+    """Returns where a relative path leads: from the current directory, else from the checkout; unchanged where neither exists (a hub name)."""
+    here = Path(path).expanduser()
+    return str(here) if here.exists() else str(ROOT / path) if (ROOT / path).exists() else path
+
+
+def read_hf_config(path: str) -> dict[str, Any] | None:
+    """Returns config.json of a Hugging Face folder, None where there is none."""
+    file = Path(path) / "config.json"
+    try:
+        return json.loads(file.read_text()) if file.is_file() else None
+    except ValueError as error:
+        raise ValueError(f"model.path={show(path)}: its config.json is not JSON ({error}); export or download the model again") from error
+
+
+def _layout(cfg: Config, world_size: int | None) -> Iterator[str]:
+    p = cfg.parallel
+    for name in ("virtual_pipeline", "context"):
+        if getattr(p, name) > 1:
+            yield f"parallel.{name}={getattr(p, name)} is not supported; use 1"
+    if p.sequence and p.tensor == 1:
+        yield "parallel.sequence=true needs parallel.tensor > 1, it is 1; use parallel.sequence=false or more tensor ranks"
+    if world_size is None:
+        return
+    model_ranks = p.tensor * p.pipeline * p.context
+    ranks = f"parallel.tensor={p.tensor} x parallel.pipeline={p.pipeline} x parallel.context={p.context} = {model_ranks}"
+    if world_size % model_ranks:
+        yield f"{ranks} does not divide the world of {world_size} processes; start a multiple of {model_ranks} processes or use smaller values"
+        return
+    data_ranks = world_size // model_ranks
+    if cfg.train.global_batch_size < data_ranks:
+        yield (
+            f"train.global_batch_size={cfg.train.global_batch_size} is less than the {data_ranks} data-parallel ranks "
+            f"({world_size} processes, {ranks}); use at least {data_ranks}, or fewer processes"
+        )
+    if data_ranks * p.context * p.tensor % p.expert:
+        yield f"parallel.expert={p.expert} does not divide the {data_ranks * p.context * p.tensor} ranks of a pipeline stage; use a divisor"
+
+
+def _model(cfg: Config, hf_config: dict[str, Any] | None) -> Iterator[str]:
+    if hf_config is None:
+        return
+    tensor, pipeline, expert = cfg.parallel.tensor, cfg.parallel.pipeline, cfg.parallel.expert
+    heads = hf_config.get("num_attention_heads")
+    kv_heads = hf_config.get("num_key_value_heads") or heads
+    divided = [
+        ("tensor", tensor, "num_attention_heads", heads),
+        ("tensor", tensor, "intermediate_size", hf_config.get("intermediate_size")),
+    ]
+    divided.append(("pipeline", pipeline, "num_hidden_layers", hf_config.get("num_hidden_layers")))
+    experts = next((hf_config[key] for key in NUM_EXPERTS_KEYS if hf_config.get(key)), None)
+    if experts:
+        divided.append(("expert", expert, "number of experts", experts))
+    elif expert > 1:
+        yield f"parallel.expert={expert} needs a mixture-of-experts model, {cfg.model.path} is none; use 1"
+    for name, value, of, total in divided:
+        if total and total % value:
+            yield f"parallel.{name}={value} does not divide the model's {of}={total}; use {_divisors(total)}"
+    if kv_heads and kv_heads % tensor and tensor % kv_heads:
+        yield f"parallel.tensor={tensor} neither divides the model's num_key_value_heads={kv_heads} nor is a multiple; use {_divisors(kv_heads)}"
+
+
+def _divisors(n: int) -> str:
+    found = [str(d) for d in range(1, n + 1) if n % d == 0]
+    return f"{', '.join(found[:-1])} or {found[-1]}" if n > 1 else "1"
+
+
+def _lengths(cfg: Config) -> Iterator[str]:
+    data, pack = cfg.data, cfg.pack
+    for name in ("max_length", "max_prompt_length", "max_completion_length"):
+        value = getattr(data, name)
+        limit_key, limit = (
+            ("pack.max_tokens", pack.max_tokens) if name == "max_length" or not data.max_length else ("data.max_length", data.max_length)
+        )
+        if value and value > limit:
+            yield f"data.{name}={value} is more than {limit_key}={limit}; lower the one or raise the other"
+    if cfg.method.pairs != "online":
+        return
+    new = cfg.generation.max_new_tokens
+    prompt = data.max_prompt_length or 1
+    longest = prompt + 2 * new if pack.share_prompt else 2 * (prompt + new)
+    if longest > pack.max_tokens:
+        yield (
+            f"pack.max_tokens={pack.max_tokens} is too small for a pair with a prompt of {prompt} tokens (data.max_prompt_length) "
+            f"and two completions of generation.max_new_tokens={new}; use at least {longest}, or shorten them"
+        )
+    if data.max_length and prompt + new > data.max_length:
+        yield (
+            f"data.max_length={data.max_length} is less than a prompt of {prompt} tokens (data.max_prompt_length) and "
+            f"generation.max_new_tokens={new}; use at least {prompt + new}, or shorten them"
+        )
+
+
+def _method(cfg: Config) -> Iterator[str]:
+    method, reference, generation = cfg.method, cfg.reference, cfg.generation
+    if not cfg.data.train:
+        yield "data.train=[] names no source; give data.train=[{path: FILE}] or choose a group such as data=demo"
+    if method.pairs == "online" and not cfg.reward and cfg.judge is None:
+        yield (
+            'method.pairs="online" needs something to judge the samples, and reward={} and judge=null; '
+            "give reward.NAME.function=module:name or judge.function=module:name"
+        )
+    if reference.mode == "none":
+        # Other losses are the user's: only they know whether they read the reference.
+        if cfg.loss.function.removeprefix("megapref.") in ("losses:dpo", "losses:ipo"):
+            yield f'reference.mode="none", but loss.function={show(cfg.loss.function)} compares with a reference; use reference.mode=resident'
+        if method.pairs == "online" and method.candidates == "policy_reference":
+            yield 'reference.mode="none", but method.candidates="policy_reference" samples from it; use reference.mode=resident or policy_policy'
+    if generation.top_k > 0 and generation.top_p < 1:
+        yield f"generation.top_k={generation.top_k} and generation.top_p={generation.top_p} cannot both be active; use top_k=0 or top_p=1"
+
+
+def _optimizer(cfg: Config) -> Iterator[str]:
+    o = cfg.optimizer
+    if o.warmup_steps >= cfg.train.steps:
+        yield f"optimizer.warmup_steps={o.warmup_steps} leaves none of train.steps={cfg.train.steps}; use at most {cfg.train.steps - 1}"
+    if o.min_lr > o.lr:
+        yield f"optimizer.min_lr={o.min_lr} is more than optimizer.lr={o.lr}; use at most {o.lr}"
+
+
+def _files(cfg: Config) -> Iterator[str]:
+    folders = {"model.path": cfg.model.path, "model.tokenizer": cfg.model.tokenizer}
+    if cfg.run.resume not in (None, "auto"):
+        folders["run.resume"] = cfg.run.resume
+    for key, path in folders.items():
+        if path is None or Path(path).is_dir():
+            continue
+        remedy = (
+            "use null, auto or the folder of a checkpoint"
+            if key == "run.resume"
+            else "give a Hugging Face folder or a hub name (owner/name)"
+        )
+        if Path(path).exists():
+            yield f"{key}={show(path)} is a file, not a folder; {remedy}"
+        elif key == "run.resume" or _is_local(path):
+            yield f"{key}={show(path)}: there is no such folder in {_searched()}; {remedy}"
+    if Path(cfg.model.path).is_dir() and not (Path(cfg.model.path) / "config.json").is_file():
+        yield f"model.path={show(cfg.model.path)} has no config.json; give a Hugging Face model folder"
+    sources = {f"data.train[{i}].path": source.path for i, source in enumerate(cfg.data.train)}
+    sources |= {f"data.validation.{name}.path": source.path for name, source in cfg.data.validation.items()}
+    for key, path in sources.items():
+        file = Path(path)
+        if file.is_dir():
+            yield f"{key}={show(path)} is a folder; name the file in it"
+        elif file.exists() and not os.access(file, os.R_OK):
+            yield f"{key}={show(path)} cannot be read; allow reading it (chmod +r)"
+        elif not file.exists() and _is_local(path):
+            yield f"{key}={show(path)}: there is no such file in {_searched()}; give a file or the hub name of a data set (owner/name)"
+
+
+def _searched() -> str:
+    return " or ".join(dict.fromkeys((str(Path.cwd()), str(ROOT))))
+
+
+def _is_local(path: str) -> bool:
+    """Whether a path that does not exist cannot be meant as a hub name: `name` or `owner/name`, no data file, not beside what exists."""
+    is_hub_name = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) and not path.endswith(DATA_SUFFIXES)
+    return not is_hub_name or ("/" in path and Path(path).parent.is_dir())

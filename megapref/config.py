@@ -1,0 +1,302 @@
+"""Every option there is, as dataclasses, and `load()`, which turns a recipe and overrides into one checked `Config`.
+
+The annotations are the rules for single values, the comments are the help text; `checks.py` has the rules between values and the world.
+The only importer of OmegaConf and Hydra: past `load()` there are plain frozen dataclasses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megapref.checks import ROOT, check, read_hf_config, resolve_path
+from megapref.plugins import did_you_mean
+from megapref.schema import MISSING, build
+
+RECIPES = ROOT / "configs"
+
+Count = Annotated[int, ">= 1"]
+Whole = Annotated[int, ">= 0"]
+Positive = Annotated[float, "> 0"]
+NotNegative = Annotated[float, ">= 0"]
+Beta = Annotated[float, ">= 0", "< 1"]
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A function by import path and its keyword arguments; the function's keyword-only parameters are the schema."""
+
+    function: str = MISSING  # module:name
+    params: dict[str, Any] = field(default_factory=dict)  # its keyword arguments
+
+
+@dataclass(frozen=True)
+class WeightedPlugin(Plugin):
+    weight: float = 1.0  # of this reward in the sum
+
+
+@dataclass(frozen=True)
+class Run:
+    dir: str = MISSING  # run directory; default: runs/<recipe>
+    seed: Whole = 0  # of everything random
+    resume: str | None = None  # null: a fresh run directory; auto: the newest good checkpoint in run.dir, if any; a path: that checkpoint
+
+
+@dataclass(frozen=True)
+class Model:
+    path: str = MISSING  # Hugging Face folder or hub name
+    tokenizer: str | None = None  # folder or hub name; default: model.path
+
+
+@dataclass(frozen=True)
+class Source:
+    path: str = MISSING  # local JSONL / JSON / Parquet / CSV / Arrow file, or a hub name
+    split: str = "train"  # of a hub data set
+    take: Count | None = None  # the first n rows only
+
+
+@dataclass(frozen=True)
+class Data:
+    train: list[Source] = field(default_factory=list)  # sources, one after the other
+    validation: dict[str, Source] = field(default_factory=dict)  # named sources; metrics are prefixed validation-<name>_
+    max_length: Count | None = None  # prompt + completion tokens; default: pack.max_tokens
+    max_prompt_length: Count | None = None  # tokens
+    max_completion_length: Count | None = None  # tokens
+    truncation: Literal["keep_end", "keep_start", "error"] = "keep_end"  # what stays of a prompt that is too long
+    on_bad_row: Literal["error", "skip"] = "error"  # skip: counted in the log
+    shuffle: bool = True  # anew every epoch
+
+
+@dataclass(frozen=True)
+class Method:
+    pairs: Literal["online", "offline"] = "online"  # online: sampled and judged; offline: read from data.train
+    candidates: Literal["policy_policy", "policy_reference"] = "policy_policy"  # who samples the two completions
+    ties: Literal["first", "skip", "soft"] = "first"  # equal scores: the first wins, no pair, or preference 0.5
+    missing_eos_penalty: NotNegative = 0.0  # subtracted from the score of a completion that does not end
+
+
+@dataclass(frozen=True)
+class Train:
+    steps: Count = 100  # optimizer steps
+    global_batch_size: Count = 32  # pairs, or prompts of an online method
+    max_bad_steps: Count = 3  # non-finite loss or gradient norm: the step is skipped; this many in a row stop the run
+
+
+@dataclass(frozen=True)
+class Pack:
+    max_tokens: Annotated[int, ">= 64"] = 4096  # tokens of one packed sequence
+    share_prompt: bool = True  # a pair's prompt is stored once, both completions attend to it
+
+
+@dataclass(frozen=True)
+class Reference:
+    mode: Literal["resident", "none"] = "resident"  # a frozen second copy, or no reference
+
+
+@dataclass(frozen=True)
+class Parallel:
+    tensor: Count = 1  # ranks that share every layer
+    pipeline: Count = 1  # stages of layers
+    virtual_pipeline: Count = 1  # chunks of layers per stage
+    context: Count = 1  # ranks that share a sequence
+    expert: Count = 1  # ranks that share the experts
+    sequence: bool = False  # norms and dropouts split over the tensor ranks
+
+
+@dataclass(frozen=True)
+class Precision:
+    dtype: Literal["fp32", "bf16"] = "fp32"  # of weights and activations; losses and optimizer are fp32
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    lr: NotNegative = 1e-6  # peak learning rate
+    weight_decay: NotNegative = 0.0  # decoupled (AdamW)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)  # Adam's decay of the two moments
+    eps: Positive = 1e-8  # Adam's
+    clip_grad: Positive = 1.0  # largest gradient norm
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warmup, until train.steps
+    warmup_steps: Whole = 0  # linear from 0
+    min_lr: NotNegative = 0.0  # where linear and cosine end
+
+
+@dataclass(frozen=True)
+class Generation:
+    max_new_tokens: Count = 64  # per completion
+    temperature: NotNegative = 1.0  # 0: greedy
+    top_p: Annotated[float, "> 0", "<= 1"] = 1.0  # 1: off
+    top_k: Whole = 0  # 0: off
+    max_requests: Count = 256  # slots decoded together
+    kv_cache_gb: Positive = 0.5  # GiB per rank
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    every: Whole = 0  # steps; 0: at the start and the end only
+    max_prompts: Count | None = None  # of each validation source; null: all
+
+
+@dataclass(frozen=True)
+class Save:
+    every: Whole = 0  # steps; 0: at the end only
+    keep: Count = 2  # the newest checkpoints
+    export: bool = True  # write the final weights as a Hugging Face folder, run.dir/hf
+
+
+@dataclass(frozen=True)
+class Log:
+    samples_every: Whole = 10  # steps between tables of sample completions; 0: never
+    samples: Count = 4  # rows of such a table
+    tensorboard: bool = True  # events in run.dir
+    wandb: str | None = None  # project; null: off
+
+
+@dataclass(frozen=True)
+class Config:
+    run: Run = field(default_factory=Run)
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    method: Method = field(default_factory=Method)
+    train: Train = field(default_factory=Train)
+    pack: Pack = field(default_factory=Pack)
+    loss: Plugin = field(default_factory=Plugin)
+    reference: Reference = field(default_factory=Reference)
+    parallel: Parallel = field(default_factory=Parallel)
+    precision: Precision = field(default_factory=Precision)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    generation: Generation = field(default_factory=Generation)
+    reward: dict[str, WeightedPlugin] = field(default_factory=dict)  # functions by name; the score is their weighted sum
+    judge: Plugin | None = None  # default: judges by the weighted sum of the rewards
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    save: Save = field(default_factory=Save)
+    log: Log = field(default_factory=Log)
+
+
+def load(config_name: str, overrides: list[str], config_dir: str | None = None, world_size: int | None = 1) -> Config:
+    """Returns the recipe `config_name` with the overrides, checked; `world_size=None` leaves the number of processes out of the check.
+
+    `config_dir` adds recipes and groups to the shipped ones. ValueError lists everything that is wrong.
+    """
+    errors: list[str] = []
+    tree = _compose(config_name, overrides, search_path(config_dir), errors)
+    tree = {"run": {}} | tree
+    if isinstance(tree["run"], dict):
+        tree["run"] = {"dir": f"runs/{config_name}"} | tree["run"]
+    cfg = build(Config, tree, errors)
+    if errors:
+        raise ValueError("\n".join(errors))
+    cfg = _resolve_paths(cfg)
+    check(cfg, world_size, read_hf_config(cfg.model.path))
+    return cfg
+
+
+def to_yaml(cfg: Config) -> str:
+    """Returns the whole config as YAML; saved as `x.yaml` it is a recipe that loads to an equal config."""
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(cfg)))
+
+
+def search_path(config_dir: str | None = None) -> list[Path]:
+    """Returns the directories that recipes and groups come from, the user's first."""
+    if config_dir is not None and not Path(config_dir).is_dir():
+        raise ValueError(f"--config-dir {config_dir}: there is no such directory; give the one that holds your recipes")
+    return [RECIPES] if config_dir is None else [Path(config_dir).resolve(), RECIPES]
+
+
+def recipes(directories: list[Path]) -> dict[str, Path]:
+    """Returns the recipes by name."""
+    return {path.stem: path for directory in reversed(directories) for path in sorted(directory.glob("*.yaml"))}
+
+
+def groups(directories: list[Path]) -> dict[str, list[str]]:
+    """Returns the options of every config group."""
+    files = [path for directory in directories for path in directory.glob("*/*.yaml")]
+    return {group: sorted({p.stem for p in files if p.parent.name == group}) for group in sorted({p.parent.name for p in files})}
+
+
+def _compose(config_name: str, overrides: list[str], directories: list[Path], errors: list[str]) -> dict[str, Any]:
+    """Returns what Hydra composes as plain containers. Overrides may name any key, so that unknown ones are all reported together by `build`."""
+    names, options_of = recipes(directories), groups(directories)
+    if config_name not in names:
+        raise ValueError(
+            f"--config-name {config_name}: no such recipe{did_you_mean(config_name, names)}; there are {', '.join(sorted(names))}"
+        )
+    lines = []
+    for text in overrides:
+        try:
+            (override,) = OverridesParser.create().parse_overrides([text])
+        except HydraException as error:
+            errors.append(f"{text}: not KEY=VALUE ({_reason(error)}); quote what holds special characters: 'key=\"a, b\"'")
+            continue
+        problem = _override_problem(override, options_of)
+        errors += [problem] if problem else []
+        lines += [] if problem else [_as_hydra_reads(override, options_of)]
+    home = names[config_name].parent
+    for other in [directory for directory in directories if directory != home]:
+        errors += _hidden(home, other, config_name)
+        lines.append(f"hydra.searchpath=[{json.dumps(f'file://{other}')}]")
+    try:
+        with initialize_config_dir(str(home), version_base=None):
+            return OmegaConf.to_container(compose(config_name, lines), resolve=True)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ValueError("\n".join([*errors, f"--config-name {config_name}: {_reason(error)}"])) from error
+
+
+def _hidden(home: Path, other: Path, config_name: str) -> list[str]:
+    """A recipe finds the groups of its own directory first: a user's file that a shipped one hides would silently have no effect."""
+    if home != RECIPES:
+        return []
+    files = sorted(path for path in other.glob("*/*.yaml") if (home / path.relative_to(other)).exists())
+    return [f"{path}: the shipped recipe {config_name} would use the shipped option of this name; rename the file" for path in files]
+
+
+def _override_problem(override: Override, options_of: dict[str, list[str]]) -> str | None:
+    key = override.key_or_group
+    if override.is_sweep_override():
+        return f"{override.input_line}: several values for one run; write a list as {key}=[a,b] and quote a comma in text"
+    if key.split(".")[0] == "hydra":
+        return f"{override.input_line}: Hydra's own settings have no effect here; leave it out"
+    value = override.value()
+    if override.is_delete() or key not in options_of or not isinstance(value, str) or value in options_of[key]:
+        return None
+    return (
+        f"{override.input_line}: no such option of {key}{did_you_mean(value, options_of[key])}; there are {', '.join(options_of[key])}; "
+        f"single keys are set as {key}.KEY=VALUE"
+    )
+
+
+def _as_hydra_reads(override: Override, options_of: dict[str, list[str]]) -> str:
+    key, value = override.key_or_group, override.value()
+    if override.type is not OverrideType.CHANGE:
+        return override.input_line
+    if key not in options_of or isinstance(value, dict):
+        return f"++{override.input_line}"  # also where the recipe leaves the key at its default
+    return f"~{key}" if value is None else override.input_line
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(f"{error} {error.__cause__ or ''}".split())
+
+
+def _resolve_paths(cfg: Config) -> Config:
+    def of(source: Source) -> Source:
+        return dataclasses.replace(source, path=resolve_path(source.path))
+
+    tokenizer = cfg.model.tokenizer and resolve_path(cfg.model.tokenizer)
+    return dataclasses.replace(
+        cfg,
+        model=dataclasses.replace(cfg.model, path=resolve_path(cfg.model.path), tokenizer=tokenizer),
+        data=dataclasses.replace(
+            cfg.data, train=[of(s) for s in cfg.data.train], validation={name: of(s) for name, s in cfg.data.validation.items()}
+        ),
+    )

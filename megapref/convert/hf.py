@@ -1,0 +1,210 @@
+"""Hugging Face folders: finding them, streaming their weights into Core's shards, writing Core's shards as such a folder.
+
+Both directions are exact: what is loaded and exported unchanged has the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import Module
+
+from megapref.batch import ModelSpec
+from megapref.config import Parallel
+from megapref.convert import mapping
+from megapref.convert.families import read_spec
+from megapref.mcore import gather, setup
+from megapref.mcore.model import build_model, named_weights
+
+MAX_FILE_BYTES = 5 * 10**9
+_COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+)
+
+
+def find_model(path: str) -> Path:
+    """The local folder of a model: `path` itself, or where the hub's model of that name was downloaded to."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", *_COMPANIONS]))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"model.path={path} is neither a folder nor a model that can be had from the Hugging Face hub: {reason}"
+        ) from error
+
+
+def load_model(path: str, parallel: Parallel, dtype: str) -> tuple[list[Module], ModelSpec]:
+    """This process's part of the model at `path` with its weights, in the type that `precision.dtype` names; a collective of all ranks."""
+    folder = find_model(path)
+    spec = read_spec(folder)
+    chunks = build_model(spec, parallel, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
+    load_hf(chunks, spec, folder)
+    return chunks, spec
+
+
+def load_hf(chunks: list[Module], spec: ModelSpec, folder: str | Path) -> None:
+    """Fills the chunks with the folder's weights, each rank reading its shards only; a collective of all ranks.
+
+    Errors: ValueError naming tensors that are missing, not known, or of another shape than config.json says.
+    """
+    error = None
+    try:
+        files = _tensor_files(Path(folder), spec)
+        with ExitStack() as stack:
+            opened = {file: stack.enter_context(safe_open(file, "pt")) for file in set(files.values())}
+            _fill(chunks, spec, {name: opened[file] for name, file in files.items()})
+    except (ValueError, OSError, SafetensorError) as caught:
+        error = ValueError(f"{folder}: {caught}")
+    setup.agree(error)
+
+
+def export_hf(
+    chunks: list[Module],
+    spec: ModelSpec,
+    source: str | Path,
+    folder: str | Path,
+    *,
+    dtype: str | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> None:
+    """Writes the model as a Hugging Face folder with the configuration and tokenizer of `source`; a collective of all ranks.
+
+    `dtype` (default: that of `source`) names the type of the weights. The folder appears under its name when it is complete.
+    Errors: ValueError when it exists already or cannot be written.
+    """
+    folder = Path(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    error = None
+    if setup.is_first_rank():
+        error = ValueError(f"{folder} exists already; remove it or export to another folder") if folder.exists() else None
+    setup.agree(error)
+    tensors = gather.to_first_rank(_whole_tensors(chunks, spec, getattr(torch, dtype or spec.dtype)))
+    try:
+        if setup.is_first_rank():
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            _write_companions(Path(source), partial, dtype)
+            _write_weights(tensors, partial, max_file_bytes)
+            partial.rename(folder)
+    except (OSError, SafetensorError) as caught:
+        error = ValueError(f"{folder} cannot be written: {caught}")
+    for _ in tensors:  # the other ranks, and a first rank that failed: the senders must not be left waiting
+        pass
+    setup.agree(error)
+
+
+def _tensor_files(folder: Path, spec: ModelSpec) -> dict[str, Path]:
+    """The file of every tensor that the model has."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    elif (folder / "model.safetensors").is_file():
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            files = dict.fromkeys(file.keys(), folder / "model.safetensors")
+    else:
+        raise ValueError("has neither model.safetensors nor model.safetensors.index.json; save the weights as safetensors")
+    wanted = {
+        name.format(layer=layer)
+        for _, names in spec.weights.values()
+        for name in names
+        for layer in range(spec.transformer["num_layers"] if "{layer}" in name else 1)
+    }
+    # Old checkpoints hold the rotary frequencies, which follow from config.json; tied ones may hold the embedding a second time.
+    harmless = {name for name in files if name.endswith("rotary_emb.inv_freq") or (spec.tied and name == "lm_head.weight")}
+    if missing := wanted - set(files):
+        raise ValueError(f"lacks {_some(missing)} that a {spec.family} model of this config.json has")
+    if unknown := set(files) - wanted - harmless:
+        raise ValueError(f"has {_some(unknown)} that a {spec.family} model of this config.json does not have")
+    return {name: files[name] for name in wanted}
+
+
+def _some(names: set[str]) -> str:
+    listed = sorted(names)
+    return f"{len(listed)} tensors ({', '.join(listed[:5])}{', ...' if len(listed) > 5 else ''})"
+
+
+def _fill(chunks: list[Module], spec: ModelSpec, files: dict[str, safe_open]) -> None:
+    size, rank = gather.tensor_parallel_size(), gather.tensor_parallel_rank()
+    for core_name, layer, parameter in named_weights(chunks):
+        kind, names = spec.weights[core_name]
+        pieces = []
+        for name, shape in zip(names, mapping.source_shapes(kind, tuple(parameter.shape), spec, size), strict=True):
+            name = name.format(layer=layer)
+            stored = files[name].get_slice(name)
+            if tuple(stored.get_shape()) != shape:
+                raise ValueError(f"{name} has shape {tuple(stored.get_shape())}, config.json makes it {shape}")
+            pieces.append(stored[mapping.piece(kind, shape, size, rank)])
+        with torch.no_grad():
+            parameter.copy_(mapping.fuse(kind, pieces, spec, size))
+
+
+def _whole_tensors(chunks: list[Module], spec: ModelSpec, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The Hugging Face tensors of this pipeline stage."""
+    for core_name, layer, parameter in named_weights(chunks):
+        if spec.tied and core_name == "output_layer.weight":
+            continue  # the last stage's copy of the embedding
+        kind, names = spec.weights[core_name]
+        shards = [parameter.detach()] if kind == "replicated" else gather.shards(parameter.detach())
+        for name, tensor in zip(names, mapping.from_shards(kind, shards, spec), strict=True):
+            yield name.format(layer=layer), tensor.to(dtype)
+
+
+def _write_companions(source: Path, folder: Path, dtype: str | None) -> None:
+    config = json.loads((source / "config.json").read_text())
+    if dtype is not None:
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for pattern in _COMPANIONS:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
+
+
+def _write_weights(tensors: Iterator[tuple[str, Tensor]], folder: Path, max_file_bytes: int) -> None:
+    """Writes tensors as they come, holding at most one file's worth of them."""
+    files: list[list[str]] = []
+    total = size = 0
+    held: dict[str, Tensor] = {}
+
+    def flush() -> None:
+        files.append(list(held))
+        save_file(held, folder / f"part-{len(files)}", metadata={"format": "pt"})
+        held.clear()
+
+    for name, tensor in tensors:
+        num_bytes = tensor.numel() * tensor.element_size()
+        if held and size + num_bytes > max_file_bytes:
+            flush()
+            size = 0
+        held[name] = tensor.to("cpu", copy=True).contiguous()
+        size, total = size + num_bytes, total + num_bytes
+    flush()
+    if len(files) == 1:
+        (folder / "part-1").rename(folder / "model.safetensors")
+        return
+    weight_map = {}
+    for number, names in enumerate(files, 1):
+        file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        (folder / f"part-{number}").rename(folder / file)
+        weight_map.update(dict.fromkeys(names, file))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

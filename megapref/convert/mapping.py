@@ -1,0 +1,91 @@
+"""How one Core parameter is made of Hugging Face tensors, as pure and invertible moves.
+
+| kind       | Hugging Face tensors       | Core parameter, split over tensor-parallel ranks                                    |
+|------------|----------------------------|-------------------------------------------------------------------------------------|
+| replicated | one                        | the same on every rank                                                              |
+| column     | one                        | rows split                                                                          |
+| row        | one                        | columns split                                                                       |
+| vocab      | one                        | rows split, zero rows added at the end until they divide                            |
+| gated      | gate, up                   | rows of each split; a rank's gate rows, then its up rows                            |
+| qkv        | query, key, value          | for each query group its query rows, key rows and value rows; whole groups per rank |
+
+A rank needs one contiguous piece of every Hugging Face tensor (`piece`), which `fuse` joins; `from_shards` undoes both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megapref.batch import ModelSpec
+
+
+def to_shard(kind: str, tensors: Sequence[Tensor], spec: ModelSpec, size: int, rank: int) -> Tensor:
+    """The Core parameter of tensor-parallel rank `rank` of `size`, from whole Hugging Face tensors."""
+    return fuse(kind, [tensor[piece(kind, tuple(tensor.shape), size, rank)] for tensor in tensors], spec, size)
+
+
+def from_shards(kind: str, shards: Sequence[Tensor], spec: ModelSpec) -> list[Tensor]:
+    """The whole Hugging Face tensors, from the Core parameter of every tensor-parallel rank in order."""
+    if kind == "replicated":
+        return [shards[0]]
+    if kind == "row":
+        return [torch.cat(list(shards), 1)]
+    if kind == "gated":
+        return [torch.cat(parts) for parts in zip(*(shard.chunk(2) for shard in shards), strict=True)]
+    whole = torch.cat(list(shards))
+    if kind == "vocab":
+        return [whole[: spec.vocab_size]]
+    if kind == "qkv":
+        grouped = whole.view(spec.transformer["num_query_groups"], -1, *whole.shape[1:])
+        return [part.flatten(0, 1) for part in grouped.split(_rows_per_group(spec), 1)]
+    assert kind == "column", kind
+    return [whole]
+
+
+def piece(kind: str, shape: tuple[int, ...], size: int, rank: int) -> tuple[slice, ...]:
+    """Which part of a Hugging Face tensor of this shape rank `rank` of `size` holds."""
+    if kind == "replicated":
+        return (slice(None),)
+    dimension = 1 if kind == "row" else 0
+    share = -(-shape[dimension] // size)
+    start = min(rank * share, shape[dimension])
+    return (slice(None),) * dimension + (slice(start, min(start + share, shape[dimension])),)
+
+
+def fuse(kind: str, pieces: Sequence[Tensor], spec: ModelSpec, size: int) -> Tensor:
+    """One rank's Core parameter, from its pieces of the Hugging Face tensors."""
+    if kind == "gated":
+        return torch.cat(list(pieces))
+    if kind == "vocab":
+        rows = spec.padded_vocab_size(size) // size
+        return F.pad(pieces[0], (0, 0, 0, rows - len(pieces[0])))
+    if kind == "qkv":
+        groups = spec.transformer["num_query_groups"] // size
+        return torch.cat([tensor.reshape(groups, -1, *tensor.shape[1:]) for tensor in pieces], 1).flatten(0, 1)
+    return pieces[0]
+
+
+def source_shapes(kind: str, shape: tuple[int, ...], spec: ModelSpec, size: int) -> list[tuple[int, ...]]:
+    """The shapes of the whole Hugging Face tensors behind a Core parameter whose shard, one of `size`, has this shape."""
+    if kind == "replicated":
+        return [shape]
+    if kind == "row":
+        return [(shape[0], shape[1] * size, *shape[2:])]
+    rows = shape[0] * size
+    if kind == "gated":
+        return [(rows // 2, *shape[1:])] * 2
+    if kind == "vocab":
+        return [(spec.vocab_size, *shape[1:])]
+    if kind == "qkv":
+        return [(spec.transformer["num_query_groups"] * part, *shape[1:]) for part in _rows_per_group(spec)]
+    assert kind == "column", kind
+    return [(rows, *shape[1:])]
+
+
+def _rows_per_group(spec: ModelSpec) -> list[int]:
+    width = spec.transformer["kv_channels"]
+    return [spec.transformer["num_attention_heads"] // spec.transformer["num_query_groups"] * width, width, width]

@@ -1,0 +1,74 @@
+"""Prompts for the methods that sample: loaded and tokenised once, then dealt out by step and rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import count
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from megapref.batch import Prompt
+from megapref.data.chat import RenderedRow, render, tokenize
+from megapref.data.formats import prompt_of
+from megapref.data.mixture import step_rows
+from megapref.data.rows import BadRow, Location, SourceLike, bad_row_handler, check_any, read_sources
+
+
+def load_prompts(
+    sources: Sequence[SourceLike],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_prompt_length: int | None = None,
+    truncation: str = "keep_end",
+    room: int | None = None,
+    on_bad_row: str = "error",
+) -> tuple[list[Prompt], dict[str, int]]:
+    """All prompts of the sources in order, and how many rows were changed: `data/dropped_rows`, `data/truncated_rows`.
+
+    A prompt of more than `max_prompt_length` tokens is cut to its end or start, or is a bad row with `truncation="error"`.
+    A prompt that is still over `room`, the tokens that a pack has left beside two completions, is a bad row.
+    """
+    skipped: list[BadRow] = []
+    on_bad = bad_row_handler(on_bad_row, skipped)
+
+    def normalise(row: dict[str, Any], location: Location) -> RenderedRow:
+        return render(tokenizer, prompt_of(row, location), (), location, row)
+
+    prompts: list[Prompt] = []
+    num_truncated = 0
+    for row, ids, _ in tokenize(tokenizer, read_sources(sources, normalise, on_bad)):
+        try:
+            kept = cut_prompt(ids, max_prompt_length, truncation, row.location)
+            if room is not None and len(kept) > room:
+                reason = f"prompt: {len(kept)} tokens, but a pack has room for {room} beside two completions; raise pack.max_tokens"
+                raise BadRow(row.location, f"{reason}, lower generation.max_new_tokens or set data.max_prompt_length")
+        except BadRow as error:
+            on_bad(error)
+            continue
+        num_truncated += len(kept) < len(ids)
+        prompts.append(Prompt(kept, row.prompt, row.columns, index=len(prompts)))
+    check_any(prompts, sources, skipped)
+    return prompts, {"data/dropped_rows": len(skipped), "data/truncated_rows": num_truncated}
+
+
+def cut_prompt(ids: list[int], limit: int | None, truncation: str, location: Location) -> list[int]:
+    """At most `limit` tokens of a prompt: its end, its start, or with `error` a BadRow where it is longer; BadRow also where it is empty."""
+    if truncation not in ("keep_end", "keep_start", "error"):
+        raise ValueError(f"data.truncation={truncation!r} is not known; use keep_end, keep_start or error")
+    if not ids:
+        raise BadRow(location, "prompt: has no token of its own, expected at least one, from which the completion's first is predicted")
+    if limit is None or len(ids) <= limit:
+        return ids
+    if truncation == "error":
+        raise BadRow(location, f"prompt: {len(ids)} tokens, expected at most {limit} (data.max_prompt_length; data.truncation=error)")
+    return ids[-limit:] if truncation == "keep_end" else ids[:limit]
+
+
+def prompt_batches(
+    prompts: Sequence[Prompt], *, global_batch_size: int, rank: int, num_ranks: int, seed: int, start_step: int = 0, shuffle: bool = True
+) -> Iterator[tuple[int, list[Prompt]]]:
+    """Without end, each step with this data-parallel rank's strided share of its `global_batch_size` prompts."""
+    for step in count(start_step):
+        rows = step_rows(len(prompts), global_batch_size=global_batch_size, step=step, seed=seed, shuffle=shuffle)
+        yield step, [prompts[i] for i in rows[rank::num_ranks]]

@@ -1,0 +1,177 @@
+"""Reads the rows of any supported file.
+
+A row that cannot be used is a `BadRow`, which names file, row, key and what was expected; it goes to `on_bad`, which raises it or keeps it.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a row is: file or hub name, and its number from 1 (of a JSON Lines file: the line)."""
+
+    path: str
+    row: int
+
+    def __str__(self) -> str:
+        return f"{self.path}, row {self.row}"
+
+
+class BadRow(ValueError):
+    """A row that cannot be used; the message names file, row, key and what was expected."""
+
+    def __init__(self, location: Location, reason: str):
+        super().__init__(f"{location}: {reason}; repair the row, or set data.on_bad_row=skip")
+
+
+class SourceLike(Protocol):
+    path: str
+    split: str
+    take: int | None
+
+
+OnBad = Callable[[BadRow], None]
+
+
+def bad_row_handler(action: str, skipped: list[BadRow]) -> OnBad:
+    """What `data.on_bad_row` asks for: a function that raises the bad row (error) or appends it to `skipped` (skip)."""
+    if action == "skip":
+        return skipped.append
+    if action != "error":
+        raise ValueError(f"data.on_bad_row={action!r} is not known; use error or skip")
+    return _raise
+
+
+def _raise(error: BadRow) -> None:
+    raise error
+
+
+def read_sources(sources: Sequence[SourceLike], normalise: Callable[[dict[str, Any], Location], Any], on_bad: OnBad) -> Iterator[Any]:
+    """`normalise(row, location)` of every row of every source in order; bad rows go to `on_bad`."""
+    for source in sources:
+        for row, location in read_rows(source.path, source.split, source.take, on_bad):
+            try:
+                result = normalise(row, location)
+            except BadRow as error:
+                on_bad(error)
+            else:
+                yield result
+
+
+def check_any(usable: Sequence[Any], sources: Sequence[SourceLike], skipped: Sequence[BadRow]) -> None:
+    """ValueError where no row of the sources is left, with the first reason."""
+    if not usable:
+        names = ", ".join(source.path for source in sources) or "no source is given"
+        reason = f"; the first of {len(skipped)} skipped rows: {skipped[0]}" if skipped else ""
+        raise ValueError(f"data: no usable row in {names}{reason}")
+
+
+def read_rows(
+    path: str, split: str = "train", take: int | None = None, on_bad: OnBad = _raise
+) -> Iterator[tuple[dict[str, Any], Location]]:
+    """The first `take` rows of a JSONL, JSON, CSV, Parquet or Arrow file, a saved data set's folder, or a hub name, each with its location.
+
+    Unreadable rows go to `on_bad`; a file that cannot be read at all is a ValueError.
+    """
+    for number, row in islice(_open(path, split), take):
+        location = Location(path, number)
+        if isinstance(row, dict):
+            yield row, location
+        else:
+            on_bad(BadRow(location, row.reason if isinstance(row, _Broken) else f"expected an object with named keys, got {show(row)}"))
+
+
+@dataclass(frozen=True)
+class _Broken:
+    reason: str
+
+
+def _open(path: str, split: str) -> Iterator[tuple[int, Any]]:
+    file = Path(path)
+    kind = file.suffix.lower().lstrip(".")
+    known = {"jsonl": _jsonl, "json": _json, "csv": _csv, "parquet": _columnar, "arrow": _columnar}
+    if file.is_file():
+        if kind not in known:
+            raise ValueError(f"data source {path}: cannot read a .{kind} file; use one of {', '.join('.' + k for k in known)}")
+        return known[kind](file)
+    if kind in known or (path.startswith(("/", "./", "../", "~")) and not file.is_dir()):
+        raise ValueError(f"data source {path}: there is no such file (looked from {Path.cwd()}); correct the path")
+    return _hub(path, split)
+
+
+def _jsonl(file: Path) -> Iterator[tuple[int, Any]]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield number, _parse_line(line)
+
+
+def _parse_line(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return _Broken(f"expected UTF-8, got byte 0x{line[error.start]:02x} at byte {error.start + 1} of the line")
+    except json.JSONDecodeError as error:
+        return _Broken(f"expected a JSON object on one line, got invalid JSON ({error.msg} at column {error.colno})")
+
+
+def _json(file: Path) -> Iterator[tuple[int, Any]]:
+    with file.open("rb") as start:
+        is_array = start.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+    if not is_array:  # many .json files hold one object per line
+        yield from _jsonl(file)
+        return
+    try:
+        rows = json.loads(file.read_text("utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"data source {file}: expected a JSON list of objects in UTF-8 ({error}); repair the file") from error
+    yield from enumerate(rows, 1)
+
+
+def _csv(file: Path) -> Iterator[tuple[int, Any]]:
+    csv.field_size_limit(2**31 - 1)
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        try:
+            for number, row in enumerate(csv.DictReader(lines, strict=True), 1):
+                fits = None not in row and None not in row.values()
+                yield number, row if fits else _Broken("expected as many fields as the header has")
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"data source {file}: expected CSV with a header line in UTF-8 ({error}); repair the file") from error
+
+
+def _columnar(file: Path) -> Iterator[tuple[int, Any]]:
+    import datasets
+
+    try:
+        yield from enumerate(datasets.load_dataset(file.suffix.lower()[1:], data_files=str(file), split="train", streaming=True), 1)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"data source {file}: cannot be read as {file.suffix} ({error}); repair the file") from error
+
+
+def _hub(path: str, split: str) -> Iterator[tuple[int, Any]]:
+    import datasets
+
+    try:
+        if (Path(path) / "state.json").is_file():
+            rows = datasets.load_from_disk(path)
+        elif (Path(path) / "dataset_dict.json").is_file():
+            rows = datasets.load_from_disk(path)[split]
+        else:
+            rows = datasets.load_dataset(path, split=split, streaming=True)
+        yield from enumerate(rows, 1)
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"data source {path}, split {split}: neither a file here nor a data set that can be loaded ({error})") from error
+
+
+def show(value: Any) -> str:
+    """Type and value of what was got, on one line."""
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

@@ -1,0 +1,114 @@
+"""One forward pass over a pack: token ids in, log-probabilities of the completion tokens out.
+
+Under pipeline parallelism every stage is given the pack (positions and segments are needed everywhere); only the last one gets log-probabilities.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from megapref.batch import PackedBatch
+from megapref.mcore import device as devices
+from megapref.mcore.attention import segment_params
+
+# Rows of the LM head computed at once: [chunk, V] is the largest tensor the head makes.
+HEAD_CHUNK = 512
+
+
+def to_device(pack: PackedBatch) -> PackedBatch:
+    """The pack with its tensors on this process's device; segments stay on the CPU, where attention is planned."""
+    device = devices.current()
+    move = lambda tensor: None if tensor is None else tensor.to(device, non_blocking=True)  # noqa: E731
+    return replace(
+        pack,
+        token_ids_T=move(pack.token_ids_T),
+        position_ids_T=move(pack.position_ids_T),
+        query_index_K=move(pack.query_index_K),
+        target_ids_K=move(pack.target_ids_K),
+        cell_K=move(pack.cell_K),
+        preference_P=move(pack.preference_P),
+        ref_logps_K=move(pack.ref_logps_K),
+        extras_P={name: move(value) for name, value in pack.extras_P.items()},
+    )
+
+
+def forward_pack(chunk: torch.nn.Module, pack: PackedBatch) -> Tensor:
+    """This stage's output [T, 1, H] for a pack: final hidden states on the last stage, the next stage's input before it."""
+    params = segment_params(pack.segments_S, len(pack.token_ids_T), pack.token_ids_T.device)
+    return chunk(pack.token_ids_T[None], pack.position_ids_T[None], None, packed_seq_params=params)
+
+
+def completion_logps(chunk: torch.nn.Module, hidden_T1H: Tensor, pack: PackedBatch) -> Tensor:
+    """[K] float32: log-probabilities (temperature 1) of the pack's completion tokens, from the last stage's final hidden states.
+
+    The vocabulary may be split over tensor-parallel ranks and the rows over them too (sequence parallel); the result is whole on each.
+    """
+    model = unwrap_model(chunk)
+    if model.config.sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(hidden_T1H, tensor_parallel_output_grad=True)
+    else:
+        hidden = copy_to_tensor_model_parallel_region(hidden_T1H)
+    weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else model.output_layer.weight
+    vocab_start = parallel_state.get_tensor_model_parallel_rank() * weight.shape[0]
+    # Rows added so that the vocabulary divides by the tensor-parallel size are not words: they must not be in the softmax.
+    num_words = min(max(model.true_vocab_size - vocab_start, 0), weight.shape[0])
+    rows_KH = hidden[:, 0].index_select(0, pack.query_index_K)
+    return _VocabParallelLogps.apply(rows_KH, weight, pack.target_ids_K - vocab_start, num_words)
+
+
+class _VocabParallelLogps(torch.autograd.Function):
+    """Log-probability of each row's target under softmax(hidden W^T), in chunks of rows; logits are recomputed in backward, never kept.
+
+    `target_K` counts from this rank's first word; targets of other ranks fall outside [0, num_words).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_KH: Tensor, weight_VH: Tensor, target_K: Tensor, num_words: int) -> Tensor:
+        mine_K = (target_K >= 0) & (target_K < num_words)
+        local_K = target_K.where(mine_K, 0)
+        words_VH = weight_VH[:num_words]
+        lse_K = hidden_KH.new_full((len(target_K),), float("-inf"), dtype=torch.float32)
+        logit_K = torch.zeros_like(lse_K)
+        for rows in _chunks(len(target_K)):
+            if num_words:
+                logits = (hidden_KH[rows] @ words_VH.t()).float()
+                lse_K[rows] = logits.logsumexp(1)
+                logit_K[rows] = logits.gather(1, local_K[rows, None])[:, 0]
+        logit_K.masked_fill_(~mine_K, 0)
+        group = parallel_state.get_tensor_model_parallel_group()
+        if group.size() > 1:
+            top_K = lse_K.clone()
+            dist.all_reduce(top_K, dist.ReduceOp.MAX, group=group)
+            sums = torch.stack([(lse_K - top_K).exp(), logit_K])
+            dist.all_reduce(sums, group=group)
+            lse_K, logit_K = top_K + sums[0].log(), sums[1]
+        ctx.save_for_backward(hidden_KH, weight_VH, local_K, mine_K, lse_K)
+        ctx.num_words = num_words
+        return logit_K - lse_K
+
+    @staticmethod
+    def backward(ctx, grad_K: Tensor):
+        hidden_KH, weight_VH, local_K, mine_K, lse_K = ctx.saved_tensors
+        words_VH = weight_VH[: ctx.num_words]
+        grad_hidden, grad_weight = torch.zeros_like(hidden_KH), torch.zeros_like(weight_VH)
+        if not ctx.num_words:
+            return grad_hidden, grad_weight, None, None
+        for rows in _chunks(len(grad_K)):
+            hidden = hidden_KH[rows]
+            slope = (hidden @ words_VH.t()).float().sub_(lse_K[rows, None]).exp_().neg_()
+            slope[torch.arange(len(hidden), device=hidden.device), local_K[rows]] += mine_K[rows].float()
+            slope = slope.mul_(grad_K[rows, None]).to(hidden.dtype)
+            torch.mm(slope, words_VH, out=grad_hidden[rows])
+            grad_weight[: ctx.num_words].addmm_(slope.t(), hidden)
+        return grad_hidden, grad_weight, None, None
+
+
+def _chunks(length: int) -> list[slice]:
+    return [slice(start, start + HEAD_CHUNK) for start in range(0, length, HEAD_CHUNK)]

@@ -1,0 +1,65 @@
+"""Moves weights between the ranks of a model, one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megapref.mcore import device
+
+
+def tensor_parallel_size() -> int:
+    """How many ranks share every layer."""
+    return parallel_state.get_tensor_model_parallel_world_size()
+
+
+def tensor_parallel_rank() -> int:
+    """Which of their shards this process holds."""
+    return parallel_state.get_tensor_model_parallel_rank()
+
+
+def shards(tensor: Tensor) -> list[Tensor]:
+    """The tensor of every tensor-parallel rank, in order; a collective of that group."""
+    if tensor_parallel_size() == 1:
+        return [tensor]
+    gathered = [torch.empty_like(tensor) for _ in range(tensor_parallel_size())]
+    dist.all_gather(gathered, tensor.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
+    return gathered
+
+
+def to_first_rank(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The named tensors of all pipeline stages on the first rank, nothing on the others; every rank must consume it to the end.
+
+    `tensors` is what this stage has, the same on its tensor-parallel ranks, and may gather over them. One data-parallel replica sends.
+    """
+    if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
+        return
+    stages = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
+    for source in stages:
+        if dist.get_rank() == source:
+            for name, tensor in tensors:
+                if dist.get_rank() == 0:
+                    yield name, tensor
+                elif tensor_parallel_rank() == 0:
+                    dist.send_object_list([(name, tensor.shape, tensor.dtype)], 0)
+                    dist.send(tensor.contiguous(), 0)
+            if source != 0 and tensor_parallel_rank() == 0:
+                dist.send_object_list([None], 0)
+        elif dist.get_rank() == 0:
+            yield from _receive(source)
+
+
+def _receive(source: int) -> Iterator[tuple[str, Tensor]]:
+    header: list = [None]
+    while True:
+        dist.recv_object_list(header, source)
+        if header[0] is None:
+            return
+        name, shape, dtype = header[0]
+        tensor = torch.empty(shape, dtype=dtype, device=device.current())
+        dist.recv(tensor, source)
+        yield name, tensor

@@ -1,0 +1,99 @@
+"""Core's dynamic inference engine on a model's live weights: token ids in, token ids out.
+
+No KV cache outlives a call: weights may change in between. Core's process-wide inference mode is on during a call only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from megatron.core.inference.config import InferenceConfig, KVCacheManagementMode
+from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
+from megatron.core.inference.engines.dynamic_engine import DynamicInferenceEngine
+from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
+from megatron.core.inference.sampling.torch_sampling import TorchSampling
+from megatron.core.inference.sampling_params import SamplingParams
+from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from megapref import config
+from megapref.mcore import cpu
+
+Draw = Callable[[Tensor, np.ndarray, np.ndarray], Tensor]  # (logits [n, V], request numbers [n], positions [n]) -> token ids [n]
+
+
+class _TokenIdsOnly:
+    """The tokenizer Core's engine asks for; text is none of its business here."""
+
+    eod = -1
+
+    def detokenize(self, ids) -> str:
+        return ""
+
+
+class _Sampler(TorchSampling):
+    """Replaces Core's sampler, whose one generator makes samples depend on what is decoded together, by a function of each request."""
+
+    draw: Draw
+
+    def sample_kernel(self, logits, n, context, *, gather_indices=None, token_to_request_index=None, output=None, **kwargs):
+        """Token ids [n] of the active requests, in `output` when it is given."""
+        assert token_to_request_index is None, "speculative decoding is not used"
+        active = slice(context.paused_request_count, context.total_request_count)
+        requests = context.request_ids[active].numpy()
+        positions = (context.request_kv_length_offsets[active] + context.request_query_lengths[active]).numpy()
+        rows = logits[:n] if gather_indices is None else logits[gather_indices[:n]]
+        assert len(requests) == n == len(rows)
+        ids = self.draw(rows[:, : self._vocab_size], requests, positions)
+        return ids if output is None else output.copy_(ids)
+
+
+class Engine:
+    """Continuous batching over one model; made once, used for every round of generation."""
+
+    def __init__(self, chunk: torch.nn.Module, generation: config.Generation, max_length: int):
+        self.model = unwrap_model(chunk)
+        self.config = InferenceConfig(
+            block_size_tokens=min(256, max(16, 1 << (max_length // 4).bit_length())),
+            buffer_size_gb=generation.kv_cache_gb,
+            max_requests=generation.max_requests,
+            max_tokens=max(max_length, generation.max_requests, 64),
+            max_sequence_length=max_length,
+            kv_cache_management_mode=KVCacheManagementMode.RECOMPUTE,
+        )
+        self.engine = None
+        self.sampler = _Sampler(torch.Generator(), self.model.true_vocab_size)
+
+    def generate(self, prompts: list[list[int]], draw: Draw, max_new_tokens: int, stop_id: int) -> list[list[int]]:
+        """Completion ids of each prompt (stop token included); `draw` picks each next token and names prompts by their number."""
+        was_training = self.model.training
+        self.model.eval()
+        self.sampler.draw = draw
+        params = SamplingParams(num_tokens_to_generate=max_new_tokens, termination_id=stop_id)
+        completions: list[list[int] | None] = [None] * len(prompts)
+        with torch.no_grad(), cpu.core_calls():
+            engine = self._start()
+            try:
+                for request, ids in enumerate(prompts):
+                    engine.add_request(request, ids, params)
+                while engine.has_unfinished_requests():
+                    for record in engine.step_modern()["finished_request_records"]:
+                        completions[record.request_id] = list(record.merge().generated_tokens)
+            finally:
+                engine.suspend()  # frees the cache and leaves inference mode
+        self.model.train(was_training)
+        assert all(ids is not None for ids in completions)
+        return completions
+
+    def _start(self) -> DynamicInferenceEngine:
+        if self.engine is None:
+            context = DynamicInferenceContext(self.model.config, self.config)
+            controller = TextGenerationController(GPTInferenceWrapper(self.model, context), _TokenIdsOnly())
+            controller._sampling = self.sampler
+            self.engine = DynamicInferenceEngine(controller, context)
+        else:
+            self.engine.resume()
+        return self.engine

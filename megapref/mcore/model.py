@@ -1,0 +1,151 @@
+"""The one factory of models. Training and Core's inference engine run the same `SegmentedGPT`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from megapref.batch import ModelSpec
+from megapref.config import Parallel
+from megapref.mcore import cpu
+from megapref.mcore.attention import SegmentAttention, SegmentParams
+from megapref.mcore.norm import Norm
+
+
+def build_model(spec: ModelSpec, parallel: Parallel, dtype: torch.dtype) -> list[Module]:
+    """This process's part of the model, one module per chunk of layers, its weights not yet set (see convert.hf.load_hf).
+
+    Errors: ValueError naming the option of `parallel` that does not fit the model.
+    """
+    check_layout(spec, parallel)
+    with cpu.core_calls():
+        return [SegmentedGPT(spec, _transformer_config(spec, parallel, dtype))]
+
+
+class SegmentedGPT(GPTModel):
+    """Core's GPT, which also runs packs: called with `SegmentParams` it returns hidden states [T, 1, H] without the head, otherwise logits.
+
+    `true_vocab_size` is the number of words; logits may have more columns, those that make the vocabulary divide by the tensor-parallel size.
+    """
+
+    def __init__(self, spec: ModelSpec, config: TransformerConfig):
+        super().__init__(
+            config,
+            _block_spec(config),
+            vocab_size=spec.padded_vocab_size(config.tensor_model_parallel_size),
+            max_sequence_length=spec.max_positions,
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+            share_embeddings_and_output_weights=spec.tied,
+            position_embedding_type="rope",
+        )
+        self.true_vocab_size = spec.vocab_size
+        self.rotary_pos_emb = RotaryTable(spec, config)
+
+    def _preprocess(self, input_ids, position_ids, *args, packed_seq_params=None, **kwargs):
+        decoder_input, rotary, *rest = super()._preprocess(input_ids, position_ids, *args, packed_seq_params=packed_seq_params, **kwargs)
+        if isinstance(packed_seq_params, SegmentParams):
+            rotary = self.rotary_pos_emb.table.index_select(0, position_ids[0])
+        return decoder_input, rotary, *rest
+
+    def _postprocess(self, hidden_states, *args, packed_seq_params=None, **kwargs):
+        if isinstance(packed_seq_params, SegmentParams):
+            return hidden_states
+        return super()._postprocess(hidden_states, *args, packed_seq_params=packed_seq_params, **kwargs)
+
+
+class RotaryTable(RotaryEmbedding):
+    """The rotary angles [positions, 1, 1, D] of a model's own frequencies, computed once.
+
+    Core's class knows one base and Llama 3's scaling with fixed constants, and computes and keeps a table for every length it is asked for.
+    """
+
+    def __init__(self, spec: ModelSpec, config: TransformerConfig):
+        super().__init__(config.kv_channels, 1.0, use_cpu_initialization=config.use_cpu_initialization)
+        self.inv_freq = torch.tensor(spec.rotary_frequencies, dtype=torch.float32, device=self.inv_freq.device)
+        angles = torch.outer(torch.arange(spec.max_positions, device=self.inv_freq.device).float(), self.inv_freq)
+        self.table = torch.cat((angles, angles), -1)[:, None, None]
+
+    def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group=None) -> Tensor:
+        """The angles of positions `offset` to `offset + max_seq_len`, or to the model's last position if that is nearer."""
+        return self.table[offset : offset + max_seq_len]
+
+
+def named_weights(chunks: list[Module]) -> Iterator[tuple[str, int | None, Parameter]]:
+    """(name as in ModelSpec.weights, number of the layer in the whole model or None, parameter) of every parameter of this process."""
+    for model in unwrap_model(chunks):
+        for name, parameter in model.named_parameters():
+            match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
+            if match:
+                number = model.decoder.layers[int(match[1])].layer_number - 1
+                yield f"decoder.layers.{{layer}}.{match[2]}", number, parameter
+            else:
+                yield name, None, parameter
+
+
+def check_layout(spec: ModelSpec, parallel: Parallel) -> None:
+    """Raises ValueError when the model cannot be split as `parallel` says."""
+    sizes = spec.transformer
+    for option, number, rule in (
+        ("tensor", sizes["num_query_groups"], "key-value heads"),
+        ("tensor", sizes["num_attention_heads"], "attention heads"),
+        ("tensor", sizes["ffn_hidden_size"], "MLP width"),
+        ("pipeline", sizes["num_layers"], "layers"),
+    ):
+        size = getattr(parallel, option)
+        if number % size:
+            fitting = [str(n) for n in range(1, min(number, 64) + 1) if number % n == 0]
+            raise ValueError(f"parallel.{option}={size} does not divide the model's {rule} ({number}); use {', '.join(fitting)}")
+    for option in ("virtual_pipeline", "context", "expert"):
+        if getattr(parallel, option) != 1:
+            raise ValueError(f"parallel.{option}={getattr(parallel, option)} is not supported; use 1")
+    if parallel.sequence and parallel.tensor == 1:
+        raise ValueError("parallel.sequence=true splits rows over tensor-parallel ranks: it needs parallel.tensor of 2 or more")
+
+
+def _transformer_config(spec: ModelSpec, parallel: Parallel, dtype: torch.dtype) -> TransformerConfig:
+    return TransformerConfig(
+        **spec.transformer,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        sequence_parallel=parallel.sequence,
+        variable_seq_lengths=parallel.pipeline > 1,  # packs differ in length
+        moe_token_dispatcher_type="alltoall",  # the default refuses packs that differ in length, mixture of experts or not
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        calculate_per_token_loss=True,  # one place divides by the global count: Core must not divide by the number of packs
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        perform_initialization=False,
+        use_cpu_initialization=cpu.ACTIVE,
+        # Core's fused kernels need Transformer Engine, apex or a GPU.
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        apply_rope_fusion=False,
+    )
+
+
+def _block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+    """Core's own layers with this package's norm and attention in them."""
+    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = SegmentAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = Norm
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=Norm)

@@ -1,0 +1,57 @@
+"""Core's distributed data parallelism and distributed Adam around a model, and the learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+from megapref import config
+from megapref.mcore import cpu
+
+
+def wrap_for_training(chunks: list[torch.nn.Module]) -> list[DistributedDataParallel]:
+    """The chunks with gradient buffers that Core sums over data-parallel ranks, in float32."""
+    options = DistributedDataParallelConfig(
+        use_distributed_optimizer=True, overlap_grad_reduce=False, grad_reduce_in_fp32=True, check_for_nan_in_grad=False
+    )
+    with cpu.core_calls():
+        wrapped = [DistributedDataParallel(chunk.config, options, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
+    for chunk in chunks:
+        chunk.config.finalize_model_grads_func = finalize_model_grads
+    return wrapped
+
+
+def build_optimizer(chunks: list[DistributedDataParallel], optimizer: config.Optimizer, precision: config.Precision):
+    """Core's distributed AdamW over wrapped chunks; its state is split over data-parallel ranks. Norms and biases are not decayed."""
+    options = OptimizerConfig(
+        optimizer="adam",
+        lr=optimizer.lr,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.betas[0],
+        adam_beta2=optimizer.betas[1],
+        adam_eps=optimizer.eps,
+        clip_grad=optimizer.clip_grad,
+        bf16=precision.dtype == "bf16",
+        use_distributed_optimizer=True,
+    )
+    with cpu.core_calls():
+        built = get_megatron_optimizer(options, chunks)
+    for part in built.chained_optimizers:
+        if isinstance(part.optimizer, torch.optim.AdamW):  # neither Transformer Engine nor apex: torch's own single-pass kernel
+            for group in part.optimizer.param_groups:
+                group["fused"], group["foreach"] = True, False
+    return built
+
+
+def learning_rate(step: int, total_steps: int, optimizer: config.Optimizer) -> float:
+    """The rate of optimizer step `step` (from 1): linear warmup, then constant, or linear or cosine decay to `min_lr` at `total_steps`."""
+    if step <= optimizer.warmup_steps:
+        return optimizer.lr * step / optimizer.warmup_steps
+    if optimizer.schedule == "constant":
+        return optimizer.lr
+    done = min((step - optimizer.warmup_steps) / max(total_steps - optimizer.warmup_steps, 1), 1.0)
+    left = 1 - done if optimizer.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return optimizer.min_lr + (optimizer.lr - optimizer.min_lr) * left

@@ -1,0 +1,78 @@
+"""flash-attn's two paged-cache functions in torch, for Core's inference engine on CPU (transformer/attention.py calls them by these names).
+
+Keys and values live in cache blocks [num_blocks, block size, KV heads, D]; `block_table` [requests, blocks] says which blocks a request owns.
+The cache is uninitialised memory: values of dead positions are zeroed, because 0 * NaN is NaN even under a mask.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float | None = None,
+    causal: bool = True,
+    window_size: tuple[int, int] = (-1, -1),
+    block_table: Tensor | None = None,
+) -> Tensor:
+    """Attention of prefill queries [tokens, N, D] to their paged keys, bottom-right causal; [tokens, N, D]."""
+    assert causal and tuple(window_size) == (-1, -1) and block_table is not None
+    out = torch.zeros_like(q)
+    block_size = k.shape[1]
+    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for request, (q_start, q_end) in enumerate(zip(starts_q, starts_q[1:], strict=False)):
+        num_q, num_k = q_end - q_start, starts_k[request + 1] - starts_k[request]
+        if num_q <= 0 or num_k <= 0:
+            continue
+        blocks = block_table[request, : -(-num_k // block_size)].long()
+        keys, values = k[blocks].flatten(0, 1)[:num_k], v[blocks].flatten(0, 1)[:num_k]
+        mask = None if num_q == num_k else torch.ones(num_q, num_k, dtype=torch.bool).tril(num_k - num_q)
+        heads_first = (x.transpose(0, 1)[None] for x in (q[q_start:q_end], keys, values))
+        attended = F.scaled_dot_product_attention(
+            *heads_first, attn_mask=mask, is_causal=mask is None, scale=softmax_scale, enable_gqa=True
+        )
+        out[q_start:q_end] = attended[0].transpose(0, 1)
+    return out
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = True,
+    window_size: tuple[int, int] = (-1, -1),
+    block_table: Tensor | None = None,
+    num_splits: int = 0,
+) -> Tensor:
+    """Attention of the newest tokens [requests, tokens, N, D] to their paged keys; [requests, tokens, N, D]."""
+    assert causal and tuple(window_size) == (-1, -1) and block_table is not None
+    requests, num_q, heads, width = q.shape
+    groups, block_size = k_cache.shape[2], k_cache.shape[1]
+    lengths = cache_seqlens.long()
+    longest = max(int(lengths.max()), 1)
+    blocks = block_table[:, : -(-longest // block_size)].long().clamp(min=0)
+    keys, values = (cache[blocks].flatten(1, 2)[:, :longest] for cache in (k_cache, v_cache))
+    position = torch.arange(longest)
+    dead = (position >= lengths[:, None])[:, :, None, None]
+    keys, values = keys.masked_fill(dead, 0), values.masked_fill(dead, 0)
+    # A slot without tokens (length 0) sees everything: its output is thrown away, but must be finite.
+    limit = lengths[:, None] - num_q + torch.arange(num_q)
+    mask = (position <= limit[..., None]) | (lengths == 0)[:, None, None]
+    # The query heads of one KV head become query rows: one pass over each KV head's cache.
+    scale = width**-0.5 if softmax_scale is None else softmax_scale
+    rows = q.view(requests, num_q, groups, heads // groups, width).permute(0, 2, 1, 3, 4).flatten(2, 3)
+    mask_rows = mask.repeat_interleave(heads // groups, dim=1)[:, None]
+    scores = torch.matmul(rows, keys.permute(0, 2, 3, 1)).mul_(scale).masked_fill_(~mask_rows, float("-inf"))
+    attended = torch.matmul(scores.softmax(-1), values.transpose(1, 2))
+    return attended.view(requests, groups, num_q, heads // groups, width).permute(0, 2, 1, 3, 4).reshape(q.shape)

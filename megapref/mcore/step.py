@@ -1,0 +1,132 @@
+"""One optimizer step, with all parallelism in it, and forward passes over packs without one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megapref.batch import Loss, PackedBatch, PairLogps
+from megapref.mcore import cpu, device
+from megapref.mcore.forward import completion_logps, forward_pack, to_device
+
+
+@dataclass
+class TrainState:
+    """What an optimizer step changes, and nothing else: this process's model chunks, its share of the optimizer, the steps done."""
+
+    chunks: list[torch.nn.Module]
+    optimizer: object
+    step: int = 0
+    bad_steps: int = 0  # skipped in a row
+
+
+def train_step(state: TrainState, packs: list[PackedBatch], loss: Loss, lr: float) -> dict[str, float]:
+    """Trains one step on this rank's packs and returns metrics of the global batch, the same on every rank.
+
+    The loss is the sum over all pairs of all ranks divided by their number, whatever the packing and the layout. A step with a non-finite loss
+    or gradient norm changes nothing and is counted in `state.bad_steps` (metric `skipped`).
+    """
+    with cpu.core_calls():
+        for chunk in state.chunks:
+            chunk.zero_grad_buffer()
+        state.optimizer.zero_grad()
+    sums = run_packs(state.chunks, packs, partial(_loss_of_pack, loss), backward=True)
+    metrics = reduce_sums(sums)
+    count = metrics.pop("count")
+    metrics = {name: value / max(count, 1) for name, value in metrics.items()}
+    with cpu.core_calls():
+        state.optimizer.prepare_grads()
+        grad_norm = float(state.optimizer.get_grad_norm())
+        good = math.isfinite(grad_norm) and math.isfinite(metrics["loss"])
+        if good and count > 0:
+            for group in state.optimizer.param_groups:
+                group["lr"] = lr
+            state.optimizer.step()
+    state.step += 1
+    state.bad_steps = 0 if good else state.bad_steps + 1
+    return {**metrics, "grad_norm": grad_norm, "lr": lr, "num_pairs": count, "skipped": float(not good)}
+
+
+def evaluate_packs(chunks: list[torch.nn.Module], packs: list[PackedBatch], loss: Loss) -> dict[str, float]:
+    """The loss and metrics of `train_step`, without training."""
+    with torch.no_grad():
+        metrics = reduce_sums(run_packs(chunks, packs, partial(_loss_of_pack, loss), backward=False))
+    count = metrics.pop("count")
+    return {name: value / max(count, 1) for name, value in metrics.items()} | {"num_pairs": count}
+
+
+def score_packs(chunks: list[torch.nn.Module], packs: list[PackedBatch]) -> list[Tensor | None]:
+    """Log-probabilities [K] of each pack's completion tokens, without gradients; None on pipeline stages before the last."""
+
+    def keep(logps_K: Tensor, pack: PackedBatch):
+        return logps_K.sum(), 0, {"logps": logps_K}
+
+    with torch.no_grad():
+        results = run_packs(chunks, packs, keep, backward=False)
+    return [result["logps"] for result in results] if results else [None] * len(packs)
+
+
+def run_packs(
+    chunks: list[torch.nn.Module],
+    packs: list[PackedBatch],
+    consume: Callable[[Tensor, PackedBatch], tuple[Tensor, int, dict]],
+    backward: bool,
+) -> list[dict]:
+    """Runs every pack through the pipeline in Core's schedule; `consume(logps_K, pack)` gives (loss sum, count, result) on the last stage.
+
+    Returns the results in pack order on the last stage, an empty list before it.
+    """
+    iterator = iter(packs)
+    # Core's bookkeeping makes small tensors on "the GPU"; the model's own work is done inside `_without_overrides`.
+    with cpu.core_calls():
+        return get_forward_backward_func()(
+            forward_step_func=partial(_forward_step, consume),
+            data_iterator=iterator,
+            model=chunks,
+            num_microbatches=len(packs),
+            seq_length=max(len(pack.token_ids_T) for pack in packs),
+            micro_batch_size=1,
+            forward_only=not backward,
+        )
+
+
+def _forward_step(consume, iterator: Iterator[PackedBatch], chunk: torch.nn.Module):
+    pack = to_device(next(iterator))
+    with torch._C.DisableTorchFunction():  # no device to rewrite in here, and the rewriting costs on every torch call
+        output = forward_pack(chunk, pack)
+
+    def finish(hidden_T1H: Tensor):
+        loss_sum, count, result = consume(completion_logps(chunk, hidden_T1H, pack), pack)
+        return loss_sum, torch.tensor(count, dtype=torch.int, device=device.current()), result
+
+    return output, finish
+
+
+def _loss_of_pack(loss: Loss, logps_K: Tensor, pack: PackedBatch) -> tuple[Tensor, int, dict]:
+    ref_K = torch.zeros_like(logps_K) if pack.ref_logps_K is None else pack.ref_logps_K
+    output = loss(PairLogps(logps_K, ref_K, pack.cell_K, pack.preference_P, pack.extras_P))
+    sums = {"loss": output.loss_sum.detach(), **output.metric_sums}
+    return output.loss_sum, output.count, {**sums, "count": torch.tensor(float(output.count))}
+
+
+def reduce_sums(results: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Sums the packs' sums over packs and data-parallel ranks; the same numbers on every rank of every pipeline stage."""
+    box: list = [None]
+    if results:
+        names = list(results[0])
+        totals = torch.stack([torch.stack([result[name].detach().double().cpu() for result in results]).sum() for name in names])
+        totals = totals.to(device.current())
+        dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
+        box = [dict(zip(names, totals.tolist(), strict=True))]
+    group = parallel_state.get_pipeline_model_parallel_group()
+    if group.size() > 1:
+        dist.broadcast_object_list(box, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
+    return box[0]

@@ -1,0 +1,97 @@
+"""`run_distributed(function, world_size, *args)`: runs a function on gloo ranks, in worker processes that stay up between calls.
+
+Starting a process costs seconds of imports; the workers of the largest world so far serve every later call of at most that many ranks.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import pickle
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+_workers: list = []  # (process, connection)
+
+
+def run_distributed(function: Callable[..., Any], world_size: int, *args, timeout: float = 300) -> list[Any]:
+    """What `function(*args)` returns on each rank. An exception of a rank is raised here with its traceback; the workers then start afresh.
+
+    `function` is a module-level function; inside it, `megapref.mcore.setup.start()` finds RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+    """
+    _ensure_workers(world_size)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    task = pickle.dumps((sys.path, function, args, world_size, port))
+    for _, connection in _workers[:world_size]:
+        connection.send_bytes(task)
+    results: list[Any] = [None] * world_size
+    waiting = {connection: rank for rank, (_, connection) in enumerate(_workers[:world_size])}
+    while waiting:
+        ready = multiprocessing.connection.wait(list(waiting), timeout)
+        if not ready:
+            _stop_workers()
+            raise TimeoutError(f"{function.__name__}: ranks {sorted(waiting.values())} of {world_size} gave no answer in {timeout} s")
+        for connection in ready:
+            rank = waiting.pop(connection)
+            try:
+                failed, value = connection.recv()
+            except EOFError:
+                failed, value = True, "the process died"
+            if failed:
+                _stop_workers()
+                raise RuntimeError(f"rank {rank} of {world_size} in {function.__name__}:\n{value}")
+            results[rank] = value
+    return results
+
+
+def _ensure_workers(count: int) -> None:
+    context = multiprocessing.get_context("spawn")
+    while len(_workers) < count:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, len(_workers)), daemon=True)
+        process.start()
+        theirs.close()
+        _workers.append((process, ours))
+
+
+@atexit.register
+def _stop_workers() -> None:
+    for process, connection in _workers:
+        connection.close()
+        process.kill()
+        process.join()
+    _workers.clear()
+
+
+def _serve(connection, rank: int) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1")
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            sys.path[:], function, args, world_size, port = pickle.loads(connection.recv_bytes())
+        except EOFError:
+            return
+        os.environ.update(WORLD_SIZE=str(world_size), MASTER_PORT=str(port))
+        try:
+            connection.send((False, function(*args)))
+        except BaseException:
+            connection.send((True, traceback.format_exc()))
+        finally:
+            _leave_groups()
+
+
+def _leave_groups() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        from megapref.mcore import setup
+
+        setup.stop()

@@ -1,0 +1,106 @@
+"""The packed forward against transformers, one sequence at a time: log-probabilities and gradients in float32."""
+
+import pytest
+import torch
+from distributed_run import run_distributed
+from tiny_models import make_checkpoint
+
+from megapref.batch import TokenPair
+
+LENGTHS = [(9, 12, 5), (3, 40, 33), (70, 8, 21), (15, 6, 6), (1, 1, 30), (25, 60, 2)]
+
+
+def some_pairs(vocab: int = 131, seed: int = 3) -> list[TokenPair]:
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda n: torch.randint(2, vocab, (n,), generator=generator).tolist()  # noqa: E731
+    return [TokenPair(draw(p), draw(a), draw(b), preference=1.0 if i % 2 else 0.25) for i, (p, a, b) in enumerate(LENGTHS)]
+
+
+def transformers_dpo(folder, beta: float, scale: float = 0.3):
+    """Sums of completion log-probabilities [P, 2], the DPO loss against a reference of zeros, and its gradients by name."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    rows = []
+    for pair in some_pairs():
+        sides = []
+        for completion in (pair.first_ids, pair.second_ids):
+            ids = torch.tensor([[*pair.prompt_ids, *completion]])
+            logps = model(ids).logits[0].log_softmax(-1)
+            start = len(pair.prompt_ids) - 1
+            sides.append(logps[start:-1].gather(1, ids[0, start + 1 :, None]).sum())
+        rows.append(torch.stack(sides))
+    logps_P2 = torch.stack(rows)
+    preference = torch.tensor([pair.preference for pair in some_pairs()])
+    margin = beta * (logps_P2[:, 0] - logps_P2[:, 1])
+    loss = -(preference * torch.nn.functional.logsigmoid(margin) + (1 - preference) * torch.nn.functional.logsigmoid(-margin)).mean()
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return logps_P2.detach(), loss.item(), gradients
+
+
+def packed_dpo(folder: str, beta: float, layout: dict, share_prompt: bool, max_tokens: int):
+    """The same through packs in a layout; sums [P, 2] in the order of the step's pairs, loss, norm of the gradient."""
+    from functools import partial
+
+    from megapref import losses
+    from megapref.config import Optimizer, Parallel, Precision
+    from megapref.data.packing import pack
+    from megapref.mcore import setup
+    from megapref.convert.families import read_spec
+    from megapref.convert.hf import load_hf
+    from megapref.mcore.model import build_model
+    from megapref.mcore.optimizer import build_optimizer, wrap_for_training
+    from megapref.mcore.step import TrainState, score_packs, train_step
+
+    parallel = Parallel(**layout)
+    setup.start(parallel, 0)
+    spec = read_spec(folder)
+    chunks = build_model(spec, parallel, torch.float32)
+    load_hf(chunks, spec, folder)
+    chunks = wrap_for_training(chunks)
+    multiple = parallel.tensor if parallel.sequence else 1
+    packs = pack(some_pairs(), max_tokens=max_tokens, num_ranks=setup.data_parallel_size(), share_prompt=share_prompt, pad_multiple=multiple)
+    mine = packs[setup.data_parallel_rank()]
+    logps = [None if scored is None else scored.tolist() for scored in score_packs(chunks, mine)]
+    state = TrainState(chunks, build_optimizer(chunks, Optimizer(lr=0.0), Precision()))
+    metrics = train_step(state, mine, partial(losses.dpo, beta=beta), lr=0.0)
+    return logps, metrics["loss"], metrics["grad_norm"], len(packs[0])
+
+
+LAYOUTS = [
+    {},
+    {"tensor": 2},
+    {"tensor": 2, "sequence": True},
+    {"pipeline": 2},
+    {"tensor": 2, "pipeline": 2},
+]
+
+
+@pytest.fixture(scope="module", params=["qwen2", "llama_tied"])
+def checkpoint(request, tmp_path_factory):
+    folder = make_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
+    return str(folder), transformers_dpo(folder, beta=0.1)
+
+
+@pytest.mark.parametrize("share_prompt", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_packed_step_equals_transformers(checkpoint, layout, share_prompt):
+    folder, (logps_P2, loss, gradients) = checkpoint
+    world = layout.get("tensor", 1) * layout.get("pipeline", 1)
+    for result in run_distributed(packed_dpo, world, folder, 0.1, layout, share_prompt, 180):
+        logps, packed_loss, grad_norm, num_packs = result
+        assert num_packs > 1
+        assert packed_loss == pytest.approx(loss, rel=1e-5)
+        norm = torch.sqrt(sum(g.double().pow(2).sum() for g in gradients.values())).item()
+        assert grad_norm == pytest.approx(norm, rel=1e-5)
+        if logps[0] is not None:
+            assert sum(map(sum, logps)) == pytest.approx(logps_P2.sum().item(), rel=1e-5)
+
+
+def test_data_parallel_equals_one_process_whatever_the_packing(checkpoint):
+    folder, (_, loss, _) = checkpoint
+    for world, max_tokens in ((1, 1000), (2, 180), (4, 1000)):  # the last: six pairs on four ranks
+        results = run_distributed(packed_dpo, world, folder, 0.1, {}, True, max_tokens)
+        assert len({(r[1], r[2]) for r in results}) == 1
+        assert results[0][1] == pytest.approx(loss, rel=1e-5)

@@ -1,0 +1,54 @@
+"""Tiny Hugging Face checkpoints with random weights, norms and biases included: nothing is one or zero that could hide a mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 4.0,
+    "low_freq_factor": 1.5,
+    "high_freq_factor": 3.0,
+    "original_max_position_embeddings": 64,
+}
+SHAPE = dict(
+    vocab_size=131,  # odd: padded for tensor parallelism
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    bos_token_id=0,
+    eos_token_id=1,
+)
+CONFIGS = {
+    "llama": dict(model_type="llama", rope_parameters=LLAMA3_ROPE, rms_norm_eps=1e-5, **SHAPE),
+    "llama_tied": dict(model_type="llama", tie_word_embeddings=True, head_dim=16, **SHAPE),
+    "mistral": dict(
+        model_type="mistral", sliding_window=None, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}, **SHAPE
+    ),
+    "qwen2": dict(model_type="qwen2", rope_parameters={"rope_type": "default", "rope_theta": 1e6}, **SHAPE),
+    "qwen2_tied": dict(model_type="qwen2", tie_word_embeddings=True, **SHAPE),
+    "qwen3": dict(model_type="qwen3", head_dim=16, tie_word_embeddings=True, **SHAPE),
+}
+
+
+def make_checkpoint(
+    folder: Path, name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB", **changes
+) -> Path:
+    """Saves the named model, with `changes` to its configuration, in `folder` and returns it."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    options = {**CONFIGS[name], **changes}
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[options.pop("model_type")](**options))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            offset = 1.0 if "norm" in parameter_name else 0.0
+            parameter.copy_(offset + 0.2 * torch.randn(parameter.shape, generator=generator))
+    model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+    return folder

@@ -1,0 +1,64 @@
+"""Attention over segments against one dense call with the mask written out."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megapref.mcore import setup  # noqa: F401  makes Core importable without a GPU
+from megapref.mcore.attention import attend, attention_plan
+
+CPU = torch.device("cpu")
+
+
+def segments_of_pairs(pairs: list[tuple[int, int, int]]) -> tuple[torch.Tensor, int]:
+    rows, start = [], 0
+    for prompt, first, second in pairs:
+        rows += [(start, prompt + first, 0, 0), (start + prompt + first, second, start, prompt)]
+        start += prompt + first + second
+    return torch.tensor(rows), start
+
+
+def dense(query, key, value, segments):
+    allowed = torch.zeros(len(query), len(query), dtype=torch.bool)
+    for start, length, prefix_start, prefix in segments.tolist():
+        allowed[start : start + length, prefix_start : prefix_start + prefix] = True
+        allowed[start : start + length, start : start + length] = torch.ones(length, length, dtype=torch.bool).tril()
+    heads_first = (x.transpose(0, 1)[None] for x in (query, key, value))
+    return F.scaled_dot_product_attention(*heads_first, attn_mask=allowed, enable_gqa=True)[0].transpose(0, 1)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 130), st.integers(1, 60), st.integers(0, 60)), min_size=1, max_size=8), st.sampled_from([1, 2, 4])
+)
+def test_segments_equal_dense_attention(pairs, num_groups):
+    segments, num_tokens = segments_of_pairs(pairs)
+    torch.manual_seed(0)
+    query = torch.randn(num_tokens, 4, 8, requires_grad=True)
+    key, value = (torch.randn(num_tokens, num_groups, 8, requires_grad=True) for _ in range(2))
+    weights = torch.randn(num_tokens, 4, 8)
+    out = attend(query, key, value, attention_plan(segments, CPU), None)
+    expected = dense(query, key, value, segments)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    gradients = torch.autograd.grad((out * weights).sum(), (query, key, value))
+    for mine, theirs in zip(gradients, torch.autograd.grad((expected * weights).sum(), (query, key, value)), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=1e-5)
+
+
+def test_short_segments_share_calls_and_long_ones_do_not():
+    short, _ = segments_of_pairs([(5, 5, 5)] * 10)
+    assert len(attention_plan(short, CPU).groups) == 2  # prompt + first of all pairs; second of all pairs
+    long, _ = segments_of_pairs([(200, 100, 100)] * 3)
+    assert len(attention_plan(long, CPU).groups) == 6
+
+
+@pytest.mark.parametrize("lengths", [[7, 7, 7], [50, 3, 21]])
+def test_plain_segments_need_no_reordering_when_alone(lengths):
+    starts = torch.tensor([0, *lengths]).cumsum(0)[:-1]
+    segments = torch.tensor([(int(s), n, 0, 0) for s, n in zip(starts, lengths, strict=True)])
+    query = torch.randn(sum(lengths), 2, 4)
+    torch.testing.assert_close(
+        attend(query, query, query, attention_plan(segments, CPU), None), dense(query, query, query, segments), atol=1e-5, rtol=1e-5
+    )

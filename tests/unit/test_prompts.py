@@ -1,0 +1,90 @@
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_tokenizers import save_tokenizer
+
+from megapref.batch import Prompt
+from megapref.config import Source
+from megapref.data.chat import load_tokenizer
+from megapref.data.mixture import step_rows
+from megapref.data.prompts import load_prompts, prompt_batches
+from megapref.data.rows import BadRow
+
+TEXTS = ["the cat", "a dog ran to the old house", "hello"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return load_tokenizer(save_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text, "answer": i}) + "\n" for i, text in enumerate(TEXTS)))
+    return Source(path=str(path))
+
+
+def test_prompts_have_tokens_text_and_their_rows_columns(tokenizer, source):
+    prompts, counts = load_prompts([source], tokenizer)
+    assert [(p.text, p.index, p.row["answer"]) for p in prompts] == [(text, i, i) for i, text in enumerate(TEXTS)]
+    assert [p.ids for p in prompts] == [tokenizer(text).input_ids for text in TEXTS]
+    assert counts == {"data/dropped_rows": 0, "data/truncated_rows": 0}
+
+
+def test_long_prompts_keep_an_end_or_a_start_or_are_refused(tokenizer, source):
+    ids = tokenizer(TEXTS[1]).input_ids
+    for truncation, kept in (("keep_end", ids[-3:]), ("keep_start", ids[:3])):
+        prompts, counts = load_prompts([source], tokenizer, max_prompt_length=3, truncation=truncation)
+        assert prompts[1].ids == kept and counts["data/truncated_rows"] == sum(len(tokenizer(t).input_ids) > 3 for t in TEXTS)
+    with pytest.raises(BadRow, match=rf"prompts.jsonl, row 2: prompt: {len(ids)} tokens, expected at most 5 \(data.max_prompt_length"):
+        load_prompts([source], tokenizer, max_prompt_length=5, truncation="error")
+    with pytest.raises(ValueError, match=r"data.truncation='middle' is not known; use keep_end, keep_start or error"):
+        load_prompts([source], tokenizer, max_prompt_length=5, truncation="middle")
+
+
+def test_a_prompt_longer_than_the_pack_is_refused_or_skipped(tokenizer, source):
+    with pytest.raises(BadRow, match=r"row 2: prompt: \d+ tokens, but a pack has room for 5 .*raise pack.max_tokens"):
+        load_prompts([source], tokenizer, room=5)
+    prompts, counts = load_prompts([source], tokenizer, room=5, on_bad_row="skip")
+    assert [p.text for p in prompts] == [TEXTS[0], TEXTS[2]] and counts["data/dropped_rows"] == 1
+    with pytest.raises(ValueError, match=r"no usable row in .*prompts.jsonl; the first of 3 skipped rows"):
+        load_prompts([source], tokenizer, room=0, on_bad_row="skip")
+
+
+@given(st.integers(1, 30), st.integers(1, 12), st.integers(0, 5), st.integers(1, 4))
+def test_every_epoch_has_every_row_once_whatever_the_batch(num_rows, batch_size, seed, num_epochs):
+    steps = -(-num_rows * num_epochs // batch_size)
+    drawn = np.concatenate([step_rows(num_rows, global_batch_size=batch_size, step=s, seed=seed) for s in range(steps)])
+    for epoch in range(num_epochs):
+        assert sorted(drawn[epoch * num_rows : (epoch + 1) * num_rows]) == list(range(num_rows))
+
+
+def test_the_order_is_fixed_by_seed_and_changes_with_seed_and_epoch():
+    epochs = [step_rows(20, global_batch_size=20, step=step, seed=seed).tolist() for seed in (0, 1) for step in (0, 1)]
+    assert len(set(map(tuple, epochs))) == 4
+    assert epochs[0] == np.random.Generator(np.random.PCG64([0, 0])).permutation(20).tolist()
+    assert step_rows(3, global_batch_size=5, step=1, seed=0, shuffle=False).tolist() == [2, 0, 1, 2, 0]
+
+
+def test_ranks_share_a_step_and_a_resumed_run_goes_on():
+    prompts = [Prompt([i], str(i), {}, i) for i in range(10)]
+
+    def batches(rank, num_ranks, start_step, steps):
+        source = prompt_batches(prompts, global_batch_size=7, rank=rank, num_ranks=num_ranks, seed=3, start_step=start_step)
+        return [next(source) for _ in range(steps)]
+
+    alone = batches(0, 1, 0, 6)
+    assert [step for step, _ in alone] == list(range(6)) and Counter(len(batch) for _, batch in alone) == {7: 6}
+    assert batches(0, 1, 4, 2) == alone[4:]
+    for num_ranks in (2, 3, 8):
+        shares = [batches(rank, num_ranks, 0, 6) for rank in range(num_ranks)]
+        for step, batch in alone:
+            merged = [None] * 7
+            for rank in range(num_ranks):
+                merged[rank::num_ranks] = shares[rank][step][1]
+            assert merged == batch

@@ -1,0 +1,189 @@
+"""Draws the curves of one or more runs into a PNG: python tools/plot_run.py RUN_DIR [RUN_DIR ...] [--out FILE] [--smooth N]
+
+Reads RUN_DIR/metrics.jsonl, also of a run still at work. A panel is there if one of its metrics is; several runs share the panels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from megapref.runlog import read_metrics
+
+ROLES = {"training": 0, "chosen": 0, "evaluation": 1, "rejected": 1, "reference": 2}  # place in COLORS: the same in every panel
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito: distinct to the colour-blind
+DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1, 1, 1)))
+STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#888888",
+    "axes.labelcolor": "#444444",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.8,
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A plot: title, metrics with their labels, a level to compare with, the metric that holds the half width of a band."""
+
+    title: str
+    series: tuple[tuple[str, str], ...]  # (metric, label)
+    level: float | None = None
+    band: str | None = None
+    limits: tuple[float, float] | None = None
+
+
+PANELS = (
+    Panel("Loss", (("loss", "training"),)),
+    Panel("Win rate against the reference", (("eval/win_rate", "evaluation"),), level=0.5, band="eval/win_rate_ci", limits=(0.0, 1.0)),
+    Panel("Reward of samples", (("objective/scores", "training"), ("eval/reward", "evaluation"), ("eval/reward_reference", "reference"))),
+    Panel("Implicit reward", (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected")), level=0.0),
+    Panel("Implicit reward margin", (("rewards/margins", "training"),), level=0.0),
+    Panel("Implicit reward accuracy", (("rewards/accuracies", "training"),), level=0.5, limits=(0.0, 1.0)),
+    Panel("KL to the reference", (("objective/kl", "training"), ("eval/kl", "evaluation"))),
+    Panel("Completion length (tokens)", (("eval/length", "evaluation"),)),
+    Panel("Gradient norm", (("grad_norm", "training"),)),
+)
+
+
+def smoothed(values: np.ndarray, window: int) -> np.ndarray:
+    """The mean over the last `window` values, fewer at the start; NaNs are left out of the means and stay NaN."""
+    known = np.isfinite(values)
+    sums, counts = (np.concatenate([[0.0], np.cumsum(part)]) for part in (np.where(known, values, 0.0), known))
+    end = np.arange(1, len(values) + 1)
+    start = np.maximum(end - window, 0)
+    means = (sums[end] - sums[start]) / np.maximum(counts[end] - counts[start], 1)
+    return np.where(known, means, np.nan)
+
+
+def series_of(records: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of a metric; null reads NaN, records without it are left out."""
+    known = [(record["step"], record[key]) for record in records if key in record]
+    return np.array([step for step, _ in known]), np.array([value for _, value in known], dtype=float)
+
+
+def figure_of(runs: dict[str, list[dict[str, Any]]], smooth: int = 1) -> Figure:
+    """The figure of runs (label -> records of metrics.jsonl), with each of PANELS that a run has data for; ValueError where none has."""
+    keys = {key for records in runs.values() for record in records for key in record}
+    panels = [panel for panel in PANELS if any(key in keys for key, _ in panel.series)]
+    if not panels:
+        raise ValueError(f"nothing to plot: the records hold none of {', '.join(key for panel in PANELS for key, _ in panel.series)}")
+    num_columns = min(3, len(panels))
+    num_rows = -(-len(panels) // num_columns)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.4 * num_columns, 2.9 * num_rows + 0.6), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08, wspace=0.03, hspace=0.04)
+        for index, panel in enumerate(panels):
+            axes = figure.add_subplot(num_rows, num_columns, index + 1)
+            draw(axes, panel, runs, smooth)
+            if index >= len(panels) - num_columns:
+                axes.set_xlabel("step")
+        if len(runs) > 1:
+            lines = [Line2D([], [], color=COLORS[index % len(COLORS)], linewidth=2.5) for index in range(len(runs))]
+            figure.legend(lines, list(runs), loc="outside upper left", ncols=4, fontsize=11)
+        else:
+            figure.suptitle(next(iter(runs)), x=0.01, horizontalalignment="left", color="#444444")
+    return figure
+
+
+def draw(axes: Axes, panel: Panel, runs: dict[str, list[dict[str, Any]]], smooth: int) -> None:
+    """Draws a panel: one run tells its series apart by colour, several runs have a colour each and tell the series apart by dashes."""
+    axes.set_title(panel.title)
+    if panel.level is not None:
+        axes.axhline(panel.level, color="#999999", linewidth=1.0, linestyle=(0, (2, 2)), zorder=1)
+    handles = {}
+    for run_index, records in enumerate(runs.values()):
+        for series_index, (key, label) in enumerate(panel.series):
+            steps, values = series_of(records, key)
+            if not len(steps):
+                continue
+            color = COLORS[(run_index if len(runs) > 1 else ROLES[label]) % len(COLORS)]
+            dashes = DASHES[series_index] if len(runs) > 1 else "-"
+            window = 1 if key.startswith("eval/") else smooth
+            if window > 1:
+                axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.25)
+            (line,) = axes.plot(steps, smoothed(values, window), color=color, linewidth=1.8, linestyle=dashes)
+            if key.startswith("eval/"):
+                line.set(marker="o", markersize=3.5)
+            legend_color = color if len(runs) == 1 else "#444444"
+            handles.setdefault(label, Line2D([], [], color=legend_color, linestyle=dashes, marker=line.get_marker(), markersize=3.5))
+            if panel.band:
+                draw_band(axes, records, key, panel, color)
+    if panel.limits:
+        axes.set_ylim(*panel.limits)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10]))
+    if len(handles) > 1:
+        axes.legend(handles.values(), handles.keys(), handlelength=1.8, loc="best")
+
+
+def draw_band(axes: Axes, records: list[dict[str, Any]], key: str, panel: Panel, color: str) -> None:
+    """Shades value +- half width, where a record has both."""
+    both = [record for record in records if key in record and panel.band in record]
+    steps, middle = series_of(both, key)
+    _, half = series_of(both, panel.band)
+    low, high = panel.limits or (-np.inf, np.inf)
+    axes.fill_between(steps, np.clip(middle - half, low, high), np.clip(middle + half, low, high), color=color, alpha=0.15, linewidth=0)
+
+
+def read_run(run_dir: Path) -> list[dict[str, Any]]:
+    """The records of a run directory; ValueError where there is no run or it has no step yet."""
+    path = run_dir / "metrics.jsonl"
+    if not run_dir.is_dir():
+        raise ValueError(f"{run_dir}: no such directory; name a run directory, the run.dir of a training run")
+    if not path.is_file():
+        raise ValueError(f"{run_dir}: holds no metrics.jsonl; name a run directory, the run.dir of a training run that has made a step")
+    records = read_metrics(path)
+    if not records:
+        raise ValueError(f"{path}: holds no whole line; wait until the run has made a step")
+    return records
+
+
+def labels_of(run_dirs: Iterable[Path]) -> list[str]:
+    """The last part of each path, or the whole path where last parts are the same."""
+    run_dirs = list(run_dirs)
+    names = [run_dir.resolve().name for run_dir in run_dirs]
+    return names if len(set(names)) == len(names) else [str(run_dir) for run_dir in run_dirs]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Draw the curves of one or more runs into a PNG.")
+    parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="run.dir of a training run, finished or at work")
+    parser.add_argument("--out", type=Path, help="the PNG to write; default: RUN_DIR/curves.png, or curves.png here for several runs")
+    parser.add_argument("--smooth", type=int, default=5, metavar="N", help="mean over the last N steps, on the raw curve (default 5)")
+    options = parser.parse_args(arguments)
+    out = options.out or (options.run_dirs[0] if len(options.run_dirs) == 1 else Path()) / "curves.png"
+    try:
+        if options.smooth < 1:
+            raise ValueError(f"--smooth {options.smooth}: needs 1 (off) or more")
+        runs = dict(zip(labels_of(options.run_dirs), map(read_run, options.run_dirs), strict=True))
+        figure_of(runs, options.smooth).savefig(out, dpi=150)
+    except (ValueError, OSError) as error:
+        sys.exit(f"plot_run: {error}")
+    print(out)
+
+
+if __name__ == "__main__":
+    main()
