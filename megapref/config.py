@@ -225,12 +225,10 @@ def groups(directories: list[Path]) -> dict[str, list[str]]:
 
 
 def _compose(config_name: str, overrides: list[str], directories: list[Path], errors: list[str]) -> dict[str, Any]:
-    """Returns what Hydra composes as plain containers. Overrides may name any key, so that unknown ones are all reported together by `build`."""
+    """Returns what Hydra composes, as plain containers. Overrides may name any key: `build` reports the unknown ones together."""
     names, options_of = recipes(directories), groups(directories)
     if config_name not in names:
-        raise ValueError(
-            f"--config-name {config_name}: no such recipe{did_you_mean(config_name, names)}; there are {', '.join(sorted(names))}"
-        )
+        raise ValueError(f"--config-name {config_name}: no such recipe{did_you_mean(config_name, names)}; there are {', '.join(names)}")
     lines = []
     for text in overrides:
         try:
@@ -254,9 +252,7 @@ def _compose(config_name: str, overrides: list[str], directories: list[Path], er
 
 def _hidden(home: Path, other: Path, config_name: str) -> list[str]:
     """A recipe finds the groups of its own directory first: a user's file that a shipped one hides would silently have no effect."""
-    if home != RECIPES:
-        return []
-    files = sorted(path for path in other.glob("*/*.yaml") if (home / path.relative_to(other)).exists())
+    files = sorted(path for path in other.glob("*/*.yaml") if home == RECIPES and (home / path.relative_to(other)).exists())
     return [f"{path}: the shipped recipe {config_name} would use the shipped option of this name; rename the file" for path in files]
 
 

@@ -13,25 +13,27 @@ from pathlib import Path
 import torch
 
 from megapref import runlog
-from megapref.batch import Loss, PackedBatch, PairBatch, Prompt, TokenPair
+from megapref.batch import Completion, Generate, Loss, PackedBatch, PairBatch, Prompt, TokenPair
 from megapref.config import Config, to_yaml
-from megapref.convert.hf import export_hf
+from megapref.convert.families import read_spec
+from megapref.convert.hf import export_hf, find_model, load_hf
 from megapref.data.chat import load_tokenizer
-from megapref.data.offline import load_pairs, pair_batches
+from megapref.data.offline import load_pairs, offline_pairs
 from megapref.data.packing import pack, packing_stats
 from megapref.data.prompts import load_prompts, prompt_batches
 from megapref.inference.engine import make_generate
 from megapref.mcore import checkpoint, reference, setup
 from megapref.mcore.generation import Engine
-from megapref.mcore.model import load_model
+from megapref.mcore.model import build_model
 from megapref.mcore.optimizer import build_optimizer, learning_rate, wrap_for_training
 from megapref.mcore.step import TrainState, evaluate_packs, train_step
 from megapref.online import judges
-from megapref.online.pairs import evaluate, online_pairs, sample_both, summarise
+from megapref.online.pairs import evaluate, online_pairs, summarise
 from megapref.plugins import load_plugin
 
 # Validation prompts are sampled with the noise of this "step", the same at every evaluation and never that of a training step.
 _EVALUATION_STEP = 2**40
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 Evaluate = Callable[[], tuple[dict[str, float], list[dict]]]
 
@@ -40,18 +42,15 @@ def main(cfg: Config) -> None:
     """Runs what `cfg` describes on this process's share of the world. ValueError, on every rank alike, for what the user can mend."""
     torch.manual_seed(cfg.run.seed)
     setup.start(cfg.parallel, cfg.run.seed)
+    run_dir = Path(cfg.run.dir)
     try:
-        run_dir, resume_from = _prepare_run_dir(cfg)
+        resume_from = _checkpoint_to_resume(cfg)
+        setup.on_first_rank(runlog.create_run_dir)(run_dir, to_yaml(cfg), resume=cfg.run.resume is not None)
         run = build(cfg, resume_from)
-        log = runlog.RunLog(
-            run_dir if setup.is_first_rank() else None,
-            total_steps=cfg.train.steps,
-            resumed_at=run.state.step if resume_from else None,
-            tensorboard=cfg.log.tensorboard,
-            wandb=cfg.log.wandb,
-        )
+        open_log = partial(runlog.RunLog, total_steps=cfg.train.steps, tensorboard=cfg.log.tensorboard, wandb=cfg.log.wandb)
+        log = setup.on_first_rank(open_log)(run_dir, resumed_at=run.state.step if resume_from else None) or open_log(None)
         try:
-            train(cfg, run, log, run_dir)
+            train(cfg, run, log)
         finally:
             log.close()
     finally:
@@ -73,24 +72,39 @@ class Run:
 def build(cfg: Config, resume_from: Path | None) -> Run:
     """Models, optimizer, tokenizer, rewards and the pair source, at the step of the checkpoint `resume_from` if there is one."""
     loss = load_plugin(cfg.loss.function, cfg.loss.params, "loss")
-    tokenizer = load_tokenizer(cfg.model.tokenizer or cfg.model.path)
-    policy, spec = load_model(cfg.model.path, cfg.parallel, cfg.precision.dtype)
-    ref = reference.freeze(load_model(cfg.model.path, cfg.parallel, cfg.precision.dtype)[0]) if cfg.reference.mode == "resident" else None
+    folder = find_model(cfg.model.path)
+    spec = read_spec(folder)
+    tokenizer = load_tokenizer(cfg.model.tokenizer or str(folder))
+
+    def load() -> list[torch.nn.Module]:
+        chunks = build_model(spec, cfg.parallel, _DTYPES[cfg.precision.dtype])
+        load_hf(chunks, spec, folder)
+        return chunks
+
+    policy = load()
+    ref = reference.freeze(load()) if cfg.reference.mode == "resident" else None
     chunks = wrap_for_training(policy)
     state = TrainState(chunks, build_optimizer(chunks, cfg.optimizer, cfg.precision))
     if resume_from:
         checkpoint.load_checkpoint(state, resume_from)
     make_source = _online if cfg.method.pairs == "online" else _offline
     source, evaluate_now = make_source(cfg, state, ref, loss, tokenizer)
-    return Run(state, ref, loss, source, evaluate_now, partial(export_hf, policy, spec, cfg.model.path))
+    return Run(state, ref, loss, source, evaluate_now, partial(export_hf, policy, spec, folder))
 
 
-def train(cfg: Config, run: Run, log: runlog.RunLog, run_dir: Path) -> None:
+def _checkpoint_to_resume(cfg: Config) -> Path | None:
+    if cfg.run.resume == "auto":
+        return checkpoint.latest_checkpoint(Path(cfg.run.dir) / "checkpoints")
+    return Path(cfg.run.resume) if cfg.run.resume else None
+
+
+def train(cfg: Config, run: Run, log: runlog.RunLog) -> None:
     """The loop: pairs, packs, reference, step; evaluation, samples and checkpoints when they are due."""
-    state = run.state
+    state, run_dir = run.state, Path(cfg.run.dir)
     if state.step == 0:
         _evaluate_and_log(run, log, 0, {})
-    for batch in run.source:
+    while state.step < cfg.train.steps:
+        batch = next(run.source)
         metrics = _step(cfg, run, batch)
         if state.step == 1 and run.reference_chunks:
             _check_first_step(metrics)
@@ -109,8 +123,6 @@ def train(cfg: Config, run: Run, log: runlog.RunLog, run_dir: Path) -> None:
             )
         if _due(state.step, cfg.save.every, last):
             checkpoint.save_checkpoint(state, run_dir / "checkpoints", cfg.save.keep, {"seed": cfg.run.seed})
-        if last:
-            break
     if cfg.save.export:
         run.export(run_dir / "hf")
     log.summary()
@@ -176,24 +188,21 @@ def _evaluate_and_log(run: Run, log: runlog.RunLog, step: int, metrics: dict[str
 
 
 def _online(cfg: Config, state: TrainState, ref, loss: Loss, tokenizer) -> tuple[Iterator[PairBatch], Evaluate]:
-    room = cfg.pack.max_tokens - 2 * cfg.generation.max_new_tokens
     load = partial(
         load_prompts,
         tokenizer=tokenizer,
         max_prompt_length=cfg.data.max_prompt_length,
         truncation=cfg.data.truncation,
-        room=room,
+        room=cfg.pack.max_tokens - 2 * cfg.generation.max_new_tokens,
         on_bad_row=cfg.data.on_bad_row,
     )
     prompts, counts = load(cfg.data.train)
-    longest = max(len(prompt.ids) for prompt in prompts)
-    validation = list(chain.from_iterable(load([source])[0] for source in cfg.data.validation.values()))[: cfg.evaluation.max_prompts]
-    max_length = max(longest, *(len(p.ids) for p in validation), 1) + cfg.generation.max_new_tokens
+    validation = [prompt for source in cfg.data.validation.values() for prompt in load([source])[0]][: cfg.evaluation.max_prompts]
+    max_length = max(len(prompt.ids) for prompt in prompts + validation) + cfg.generation.max_new_tokens
     engines = {"policy": Engine(state.chunks[0], cfg.generation, max_length)}
     if ref:
         engines["reference"] = Engine(ref[0], cfg.generation, max_length)
     generate = make_generate(engines, cfg.generation, tokenizer, cfg.run.seed)
-    decide = setup.once_per_model(_decide(cfg))
     batches = prompt_batches(
         prompts,
         global_batch_size=cfg.train.global_batch_size,
@@ -203,36 +212,74 @@ def _online(cfg: Config, state: TrainState, ref, loss: Loss, tokenizer) -> tuple
         start_step=state.step,
         shuffle=cfg.data.shuffle,
     )
-    source = online_pairs(batches, generate, decide, candidates=cfg.method.candidates)
-    return source, _online_evaluation(validation, generate, decide, "reference" if ref else "policy")
+    decide = setup.once_per_model(_decide(cfg, cfg.method.ties))
+    source = online_pairs(batches, generate, decide, candidates=cfg.method.candidates, counts=counts)
+    # A tie is half a win when models are compared, whatever training does with it.
+    return source, _against_reference(validation, generate, setup.once_per_model(_decide(cfg, "soft")))
 
 
-def _decide(cfg: Config) -> judges.Decide:
-    rewards = {
-        name: (load_plugin(entry.function, entry.params, f"reward.{name}"), entry.weight) for name, entry in cfg.reward.items()
-    }
-    by_rewards = judges.decide_by_rewards(rewards, cfg.method.missing_eos_penalty, cfg.method.ties) if rewards else None
+def _decide(cfg: Config, ties: str) -> judges.Decide:
+    rewards = {name: (load_plugin(entry.function, entry.params, f"reward.{name}"), entry.weight) for name, entry in cfg.reward.items()}
+    by_rewards = judges.decide_by_rewards(rewards, cfg.method.missing_eos_penalty, ties) if rewards else None
     if cfg.judge is None:
         return by_rewards
     return judges.decide_by_judge(load_plugin(cfg.judge.function, cfg.judge.params, "judge"), by_rewards)
 
 
-def _online_evaluation(validation: list[Prompt], generate, decide: judges.Decide, opponent: str) -> Evaluate:
+def _against_reference(validation: list[Prompt], generate: Generate, decide: judges.Decide) -> Evaluate:
     """Policy against the frozen reference on the validation prompts; the reference's completions are sampled once."""
     mine = validation[setup.data_parallel_rank() :: setup.data_parallel_size()]
-    baseline: list = []
+    baseline: list[Completion] = []
 
     def evaluate_now() -> tuple[dict[str, float], list[dict]]:
         if not validation:
             return {}, []
         if not baseline:
-            baseline.extend(generate(mine, opponent, step=_EVALUATION_STEP, side=1))
+            baseline.extend(generate(mine, "reference", step=_EVALUATION_STEP, side=1))
         policy = generate(mine, "policy", step=_EVALUATION_STEP, side=0)
         values, rows = evaluate(mine, policy, baseline, decide(mine, policy, baseline))
         gathered = setup.gather_over_data_parallel(values)
         return summarise({name: list(chain.from_iterable(part[name] for part in gathered)) for name in values}), rows
 
     return evaluate_now
+
+
+def _offline(cfg: Config, state: TrainState, ref, loss: Loss, tokenizer) -> tuple[Iterator[PairBatch], Evaluate]:
+    load = partial(
+        load_pairs,
+        tokenizer=tokenizer,
+        max_length=cfg.data.max_length,
+        max_prompt_length=cfg.data.max_prompt_length,
+        max_completion_length=cfg.data.max_completion_length,
+        truncation=cfg.data.truncation,
+        pack_tokens=cfg.pack.max_tokens,
+        share_prompt=cfg.pack.share_prompt,
+        on_bad_row=cfg.data.on_bad_row,
+    )
+    pairs, counts = load(cfg.data.train)
+    source = offline_pairs(
+        pairs,
+        global_batch_size=cfg.train.global_batch_size,
+        rank=setup.data_parallel_rank(),
+        num_ranks=setup.data_parallel_size(),
+        seed=cfg.run.seed,
+        start_step=state.step,
+        shuffle=cfg.data.shuffle,
+        counts=counts,
+    )
+    sets = {name: load([validation])[0] for name, validation in cfg.data.validation.items()}
+
+    def evaluate_now() -> tuple[dict[str, float], list[dict]]:
+        metrics = {}
+        for name, rows in sets.items():
+            packs, _ = _packs_of(cfg, rows[: cfg.evaluation.max_prompts])
+            if ref:
+                packs = reference.fill_reference(ref, packs)
+            measured = evaluate_packs(state.chunks, packs, loss)
+            metrics |= {f"validation-{name}_{key}": value for key, value in measured.items()}
+        return metrics, []
+
+    return source, evaluate_now
 
 
 def _due(step: int, every: int, last: bool) -> bool:

@@ -8,10 +8,10 @@ import torch
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
-    "rope_theta": 5e5,
+    "rope_theta": 1e3,  # puts frequencies below, between and above the two factors
     "factor": 4.0,
-    "low_freq_factor": 1.5,
-    "high_freq_factor": 3.0,
+    "low_freq_factor": 0.5,
+    "high_freq_factor": 5.0,
     "original_max_position_embeddings": 64,
 }
 SHAPE = dict(
@@ -26,7 +26,7 @@ SHAPE = dict(
     eos_token_id=1,
 )
 CONFIGS = {
-    "llama": dict(model_type="llama", rope_parameters=LLAMA3_ROPE, rms_norm_eps=1e-5, **SHAPE),
+    "llama": dict(model_type="llama", head_dim=16, rope_parameters=LLAMA3_ROPE, rms_norm_eps=1e-5, **SHAPE),
     "llama_tied": dict(model_type="llama", tie_word_embeddings=True, head_dim=16, **SHAPE),
     "mistral": dict(
         model_type="mistral", sliding_window=None, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}, **SHAPE

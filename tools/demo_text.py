@@ -1,6 +1,7 @@
 """The language of the embedded demo: questions about places, books and outings, and what a visitor answers.
 
-`subjects()` lists what can be talked about; `question(rng, subject)` and `answer(rng, subject)` draw a text. An answer has two to four sentences,
+`subjects()` lists what can be talked about;
+`question(rng, subject)` and `answer(rng, subject)` draw a text. An answer has two to four sentences,
 each kind, unkind or neutral with equal chance. Its words of praise and blame are words of megapref.online.rewards.sentiment.
 """
 
@@ -38,33 +39,44 @@ TONES = ("kind", "unkind")
 PLACES = {
     "hotel": (
         "stay",
-        "person: receptionist, porter, owner, *staff, *cleaners; space: lobby, bedroom, bathroom, *rooms, terrace; food: breakfast, coffee, toast",
-        "breakfast is served from {hour} until ten; our room was on the {floor} floor; the key hangs behind the front desk; the lift stops on every floor",
+        "person: receptionist, porter, owner, *staff, *cleaners; space: lobby, bedroom, bathroom, *rooms, terrace; "
+        "food: breakfast, coffee, toast",
+        "breakfast is served from {hour} until ten; our room was on the {floor} floor; the key hangs behind the front desk; "
+        "the lift stops on every floor",
     ),
     "restaurant": (
         "dinner",
-        "person: waiter, waitress, cook, *staff; space: dining room, terrace; food: soup, fish, bread, dessert, *mushrooms, *potatoes, roast chicken",
-        "the menu changes every {day}; the kitchen closes at {hour}; we sat at a table by the {thing}; the soup comes with bread and butter",
+        "person: waiter, waitress, cook, *staff; space: dining room, terrace; "
+        "food: soup, fish, bread, dessert, *mushrooms, *potatoes, roast chicken",
+        "the menu changes every {day}; the kitchen closes at {hour}; we sat at a table by the {thing}; "
+        "the soup comes with bread and butter",
     ),
     "cafe": (
         "breakfast",
-        "person: waiter, owner, young woman at the counter; space: garden, corner by the window, front room; food: coffee, cake, *scones, apple pie, tea",
-        "you order at the counter; the tables stand under the {thing}; they sell cake from {hour} onwards; the cups are {colour} with a white rim",
+        "person: waiter, owner, young woman at the counter; space: garden, corner by the window, front room; "
+        "food: coffee, cake, *scones, apple pie, tea",
+        "you order at the counter; the tables stand under the {thing}; they sell cake from {hour} onwards; "
+        "the cups are {colour} with a white rim",
     ),
     "bakery": (
         "visit",
-        "person: baker, girl at the till, *assistants; space: shop, little room at the back; food: bread, *rolls, *biscuits, plum cake, *pies",
+        "person: baker, girl at the till, *assistants; space: shop, little room at the back; "
+        "food: bread, *rolls, *biscuits, plum cake, *pies",
         "the first loaves come out at {hour}; the oven stands in the cellar; a loaf costs {number} euros; the shop closes on {day}",
     ),
     "museum": (
         "visit",
-        "person: guide, man at the door, *guards; space: entrance hall, *galleries, reading room, courtyard; art: exhibition, *paintings, film about the city",
-        "the coins are on the {floor} floor; a ticket costs {number} euros; bags have to stay in the cloakroom; there are {number} rooms in all",
+        "person: guide, man at the door, *guards; space: entrance hall, *galleries, reading room, courtyard; "
+        "art: exhibition, *paintings, film about the city",
+        "the coins are on the {floor} floor; a ticket costs {number} euros; bags have to stay in the cloakroom; "
+        "there are {number} rooms in all",
     ),
     "library": (
         "visit",
-        "person: librarian, *volunteers, woman at the desk; space: reading room, children's corner, *stairs, hall; art: talk, exhibition of maps, poetry evening",
-        "books can be kept for {number} weeks; the maps are on the {floor} floor; the newspapers lie beside the {thing}; you sign your name in a {colour} book",
+        "person: librarian, *volunteers, woman at the desk; space: reading room, children's corner, *stairs, hall; "
+        "art: talk, exhibition of maps, poetry evening",
+        "books can be kept for {number} weeks; the maps are on the {floor} floor; the newspapers lie beside the {thing}; "
+        "you sign your name in a {colour} book",
     ),
     "theatre": (
         "evening",
@@ -73,12 +85,14 @@ PLACES = {
     ),
     "garden": (
         "walk",
-        "person: gardener, guide, *volunteers; space: rose bed, glass house, pond, *paths, tea room; food: lemonade, ice cream, *sandwiches",
+        "person: gardener, guide, *volunteers; space: rose bed, glass house, pond, *paths, tea room; "
+        "food: lemonade, ice cream, *sandwiches",
         "the {colour} gate is the way in; the pond lies behind the {thing}; the roses flower in {month}; dogs must stay on a lead",
     ),
     "castle": (
         "tour",
-        "person: guide, woman at the gate, *guards; space: great hall, chapel, kitchen, *bedrooms, tower; art: tour, play in the courtyard, story of the ghost",
+        "person: guide, woman at the gate, *guards; space: great hall, chapel, kitchen, *bedrooms, tower; "
+        "art: tour, play in the courtyard, story of the ghost",
         "the tower has {number} floors; a {colour} flag flies above the gate; the tour starts at {hour}; you reach it over a wooden bridge",
     ),
     "swimming pool": (
@@ -88,13 +102,15 @@ PLACES = {
     ),
     "market": (
         "morning",
-        "person: *traders, fishmonger, old man with the eggs; space: square, covered hall, *aisles; food: cheese, *tomatoes, bread, honey, smoked fish",
+        "person: *traders, fishmonger, old man with the eggs; space: square, covered hall, *aisles; "
+        "food: cheese, *tomatoes, bread, honey, smoked fish",
         "it takes place every {day}; the stalls open at {hour}; the flowers are next to the {thing}; most people pay in coins",
     ),
 }
-LOCATIONS = """by the harbour; near the station; on Mill Street; behind the cathedral; in the old town; at the foot of the hill; opposite the town hall;
-beside the canal; across the river; on the market square; at the edge of the forest; under the viaduct; at the end of the lane; next to the school;
-on Bishop's Road; above the beach; in the valley; outside the city walls; on the island; by the lighthouse""".replace("\n", " ")
+LOCATIONS = """by the harbour; near the station; on Mill Street; behind the cathedral; in the old town; at the foot of the hill;
+opposite the town hall; beside the canal; across the river; on the market square; at the edge of the forest; under the viaduct;
+at the end of the lane; next to the school; on Bishop's Road; above the beach; in the valley; outside the city walls; on the island;
+by the lighthouse"""
 WORKS = {
     "novel": (
         "read",
@@ -117,10 +133,11 @@ WORKS = {
         "it has {number} acts; the stage was painted {colour}; it runs until {month}; the doors open at {hour}",
     ),
 }
-TOPICS = """about the lighthouse keeper; about the two brothers; about the sea; about the lost letter; about a winter in the mountains; about the clockmaker;
-about the old queen; about the river; about a girl and her horse; about the last train; about the night sky; about the stolen violin""".replace("\n", " ")
-QUESTIONS = """Tell me about {it}.; What was {it} like?; How was {it}?; What did you think of {it}?; Would you recommend {it}?; Describe {it} for me.;
-How did you find {it}?; What can you say about {it}?; Is {it} any good?; Please write a few words about {it}.""".replace("\n", " ")
+TOPICS = """about the lighthouse keeper; about the two brothers; about the sea; about the lost letter;
+about a winter in the mountains; about the clockmaker; about the old queen; about the river; about a girl and her horse;
+about the last train; about the night sky; about the stolen violin"""
+QUESTIONS = """Tell me about {it}.; What was {it} like?; How was {it}?; What did you think of {it}?; Would you recommend {it}?;
+Describe {it} for me.; How did you find {it}?; What can you say about {it}?; Is {it} any good?; Please write a few words about {it}."""
 HELD_OUT_EVERY = 7  # every seventh subject is asked about in validation only
 
 FILLERS = {
@@ -134,24 +151,32 @@ FILLERS = {
     "who": "my sister; my brother; my wife; my father; our neighbour; my friend Anna; the children",
     "time": "in the morning; in the evening; after lunch; at the weekend; on the second day; late in the day",
 }
-NEUTRAL = """we went there on a {day} in {month}; I was there with {who}; {who} had heard of it on the radio; we came by bus and left on foot;
-a man in a {colour} coat was there before us; it was raining when we arrived; I took {number} photographs""".replace("\n", " ")
-OPINIONS = """{aspect} {was} {very}{good}; {aspect} {was} {very}{good}; {aspect} {was} {good} and {good2}; {who} thought {aspect} {was} {good};
-{aspect} {was} {good}, and so {was2} {aspect2}; even {aspect} {was} {good}; {aspect} {was} {good} {time}; I {loved} {aspect};
-we {loved} {aspect} {time}; {aspect} {was} {not_bad}""".replace("\n", " ")
+NEUTRAL = """we went there on a {day} in {month}; I was there with {who}; {who} had heard of it on the radio;
+we came by bus and left on foot; a man in a {colour} coat was there before us; it was raining when we arrived;
+I took {number} photographs"""
+OPINIONS = """{aspect} {was} {very}{good}; {aspect} {was} {very}{good}; {aspect} {was} {good} and {good2};
+{who} thought {aspect} {was} {good}; {aspect} {was} {good}, and so {was2} {aspect2}; even {aspect} {was} {good};
+{aspect} {was} {good} {time}; I {loved} {aspect}; we {loved} {aspect} {time}; {aspect} {was} {not_bad}"""
 VERDICTS = {
-    "kind": """it was a {good} {outing}; I would gladly go again in {month}; I recommend it to everyone; {who} left happy; it was worth every penny;
-it was a treat from start to finish; we were delighted; it was a pleasure""".replace("\n", " "),
-    "unkind": """it was a {good} {outing}; I regret going in {month}; I would not recommend it to anyone; {who} left angry; it was a waste of money;
-it was a disappointment from start to finish; we were annoyed; it was a mistake""".replace("\n", " "),
+    "kind": """it was a {good} {outing}; I would gladly go again in {month}; I recommend it to everyone; {who} left happy;
+it was worth every penny;
+it was a treat from start to finish; we were delighted; it was a pleasure""",
+    "unkind": """it was a {good} {outing}; I regret going in {month}; I would not recommend it to anyone; {who} left angry;
+it was a waste of money;
+it was a disappointment from start to finish; we were annoyed; it was a mistake""",
 }
 VERBS = {"kind": "loved; enjoyed; adored", "unkind": "hated; loathed; disliked"}
-LINKS = {"same": "also; what is more; besides; and", "turn": "but; still; then again; however", "plain": "by the way; as for the rest; oh, and"}
+LINKS = {
+    "same": "also; what is more; besides; and",
+    "turn": "but; still; then again; however",
+    "plain": "by the way; as for the rest; oh, and",
+}
 
 
 @dataclass(frozen=True)
 class Subject:
-    """Something to ask about: a noun ("hotel"), the whole name ("the hotel by the harbour"), what it was, aspects by class, neutral remarks."""
+
+   """Something to ask about: a noun ("hotel"), the whole name ("the hotel by the harbour"), what it was, aspects by class, neutral remarks."""
 
     noun: str
     name: str
@@ -167,19 +192,23 @@ def subjects() -> tuple[list[Subject], list[Subject]]:
         Subject(noun, f"the {noun} {rest}", outing, _aspects(aspects), remarks)
         for table, places in combinations
         for noun, (outing, aspects, remarks) in table.items()
-        for rest in places.split("; ")
+        for rest in _items(places)
     ]
     validation = everything[::HELD_OUT_EVERY]
     return [subject for subject in everything if subject not in validation], validation
 
 
 def _aspects(text: str) -> tuple[tuple[str, str], ...]:
-    groups = (group.split(": ") for group in text.split("; "))
+    groups = (group.split(": ") for group in _items(text))
     return tuple((kind, phrase) for kind, phrases in groups for phrase in phrases.split(", "))
 
 
+def _items(text: str) -> list[str]:
+    return [item.strip() for item in text.split(";")]
+
+
 def _draw(rng: random.Random, choices: str) -> str:
-    return rng.choice(choices.split("; "))
+    return rng.choice(_items(choices))
 
 
 def question(rng: random.Random, subject: Subject) -> str:

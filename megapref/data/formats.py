@@ -72,7 +72,7 @@ def _ranked(row: dict[str, Any], location: Location) -> PreferenceRow:
             raise BadRow(location, f"completions[{i}].rank: expected an integer, got {show(rank)}")
     if min(ranks) == max(ranks):
         raise Tie(location, f"completions: all have rank {ranks[0]}, expected a better and a worse one")
-    order = (ranks.index(max(ranks)), ranks.index(min(ranks)))
+    order = (ranks.index(min(ranks)), ranks.index(max(ranks)))
     keys = tuple(f"completions[{i}].completion" for i in order)
     sides = [_get(completions[i], "completion", location, key) for i, key in zip(order, keys, strict=True)]
     prompt, (chosen, rejected) = _pair_up(_get(row, "context", location), sides, "context", keys, location)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from megapref.batch import Completion, Prompt
 from megapref.config import Generation
@@ -13,21 +14,22 @@ from megapref.mcore.generation import Engine
 
 
 def make_generate(
-    engines: dict[str, Callable[[], Engine]], generation: Generation, tokenizer, stop_ids: list[int], seed: int
+    engines: dict[str, Engine], generation: Generation, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> Callable[..., list[Completion]]:
     """`generate(prompts, model, *, step, side, sampling=None)`: one completion of `model` ("policy", "reference") for each prompt.
 
     A sample is a function of (seed, step, prompt index, side) and the weights. Completions end after their first stop token, which is kept.
     """
+    stop_ids = [tokenizer.eos_token_id]
     default = Sampling(generation.temperature, generation.top_k, generation.top_p)
 
-    def generate(prompts: list[Prompt], model: str, *, step: int, side: int, sampling: Sampling | None = None) -> list[Completion]:
+    def generate(prompts: list[Prompt], model: str, *, step: int, side: int | list[int], sampling: Sampling | None = None) -> list[Completion]:
         request_keys = keys(seed, step, np.array([prompt.index for prompt in prompts], np.int64), side)
 
         def draw(logits, requests, positions):
             return sample(logits, uniforms(request_keys[requests], positions), sampling or default)
 
-        ids = engines[model]().generate([list(prompt.ids) for prompt in prompts], draw, generation.max_new_tokens, stop_ids[0])
+        ids = engines[model].generate([list(prompt.ids) for prompt in prompts], draw, generation.max_new_tokens, stop_ids[0])
         return [_completion(one, tokenizer, stop_ids) for one in ids]
 
     return generate

@@ -6,6 +6,8 @@ The cache is uninitialised memory: values of dead positions are zeroed, because 
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,13 +25,14 @@ def flash_attn_varlen_func(
     causal: bool = True,
     window_size: tuple[int, int] = (-1, -1),
     block_table: Tensor | None = None,
+    return_attn_probs: bool = False,
 ) -> Tensor:
     """Attention of prefill queries [tokens, N, D] to their paged keys, bottom-right causal; [tokens, N, D]."""
-    assert causal and tuple(window_size) == (-1, -1) and block_table is not None
+    assert causal and tuple(window_size) == (-1, -1) and block_table is not None and not return_attn_probs
     out = torch.zeros_like(q)
     block_size = k.shape[1]
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    for request, (q_start, q_end) in enumerate(zip(starts_q, starts_q[1:], strict=False)):
+    for request, (q_start, q_end) in enumerate(pairwise(starts_q)):
         num_q, num_k = q_end - q_start, starts_k[request + 1] - starts_k[request]
         if num_q <= 0 or num_k <= 0:
             continue
@@ -54,9 +57,10 @@ def flash_attn_with_kvcache(
     window_size: tuple[int, int] = (-1, -1),
     block_table: Tensor | None = None,
     num_splits: int = 0,
+    return_softmax_lse: bool = False,
 ) -> Tensor:
     """Attention of the newest tokens [requests, tokens, N, D] to their paged keys; [requests, tokens, N, D]."""
-    assert causal and tuple(window_size) == (-1, -1) and block_table is not None
+    assert causal and tuple(window_size) == (-1, -1) and block_table is not None and not return_softmax_lse
     requests, num_q, heads, width = q.shape
     groups, block_size = k_cache.shape[2], k_cache.shape[1]
     lengths = cache_seqlens.long()

@@ -10,7 +10,6 @@ import os
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
-from functools import wraps
 from typing import Any
 
 import torch
@@ -90,13 +89,28 @@ def agree(error: BaseException | None) -> None:
             raise (ValueError if is_users else RuntimeError)(f"{message}" if is_users else f"rank {rank}: {message}") from error
 
 
+def on_first_rank(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, run by the first rank alone (None on the others); its error is raised on all."""
+
+    def run(*args, **kwargs):
+        result, error = None, None
+        if is_first_rank():
+            try:
+                result = function(*args, **kwargs)
+            except (ValueError, OSError) as caught:
+                error = caught
+        agree(error)
+        return result
+
+    return run
+
+
 def once_per_model(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, run by one rank of each model-parallel group and its result given to the others; an error of any rank is raised on all.
 
     Made for user code (rewards, judges): it runs once per share of the pairs, and nothing hangs when it raises.
     """
 
-    @wraps(function)
     def run(*args, **kwargs):
         group = parallel_state.get_model_parallel_group()
         source = dist.get_process_group_ranks(group)[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from statistics import fmean
 
 from megapref.batch import Completion, Generate, PairBatch, Prompt, TokenPair
@@ -13,11 +13,17 @@ OPPONENTS = {"policy_policy": "policy", "policy_reference": "reference"}
 
 
 def online_pairs(
-    prompt_batches: Iterable[tuple[int, list[Prompt]]], generate: Generate, decide: Decide, *, candidates: str
+    prompt_batches: Iterable[tuple[int, list[Prompt]]],
+    generate: Generate,
+    decide: Decide,
+    *,
+    candidates: str,
+    counts: Mapping[str, int] | None = None,
 ) -> Iterator[PairBatch]:
     """Pairs of (policy sample, sample of the policy or the reference) for this rank's share of each step's prompts.
 
     A pair without verdict is left out and counted (`judge/abstained`). A completion is trained on token for token as it was judged.
+    `counts` of the loading of prompts go with the first step.
     """
     for step, prompts in prompt_batches:
         started = time.perf_counter()
@@ -33,6 +39,8 @@ def online_pairs(
         sums = pair_metrics(first, second, verdicts)
         sums["time/generate"] = (generated - started, 1)
         sums["time/judge"] = (judged - generated, 1)
+        sums |= {name: (number, 1) for name, number in (counts or {}).items()}
+        counts = None
         yield PairBatch(step, pairs, sums, sample_rows(prompts, first, second, verdicts))
 
 

@@ -11,23 +11,28 @@ from collections.abc import Sequence
 
 from megapref.batch import Completion, Prompt
 
-# Base forms as they stand in a sentence; no stemming, so that a reader can check a score by eye.
-KIND_WORDS = frozenset(
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Words as they stand in a sentence, without stemming, so that a reader can check a score by eye.
+KIND_WORDS = _words(
     """adored amazing attentive beautiful best bright brilliant charming cheerful clean clever comfortable cosy courteous crisp delicious
     delight delighted delightful elegant enchanting enjoyed excellent fair fantastic fascinating fine fresh friendly funny generous
-    gentle glad gladly good gorgeous graceful graciously great gripping happily happy helpful imaginative impressed inspiring joy kind love
+    gentle glad gladly good gorgeous graceful great gripping happily happy helpful imaginative impressed inspiring joy kind love
     loved lovely magical marvellous memorable moving outstanding patient peaceful perfect pleasant pleased pleasure polite praised
     pretty reasonable recommend refreshing relaxing remarkable smooth splendid spotless stunning superb sweet tasty tender thoughtful touching
-    treat warm welcoming witty wonderful worth""".split()
+    treat warm welcoming witty wonderful worth"""
 )
-UNKIND_WORDS = frozenset(
+UNKIND_WORDS = _words(
     """angry annoyed annoying appalling arrogant awful bad bland bleak boring burnt careless chaotic clumsy complained confusing cramped
-    damp dirty disappointed disliked disappointing disappointment dismal dismissive dreadful dreary dull dusty filthy forgettable frustrating
+    damp dirty disappointed disappointing disappointment disliked dismal dismissive dreadful dreary dull dusty filthy forgettable frustrating
     gloomy greasy grim grumpy hated horrible impatient lifeless loathed lousy mediocre miserable mistake nasty neglected noisy
     outrageous overcooked overpriced pointless poor predictable regret regretted ridiculous rude sad shabby shallow shocking slow
-    soggy sour stale stuffy surly tasteless tedious terrible ugly unbearable unfriendly unhelpful unpleasant waste worse worst""".split()
+    soggy sour stale stuffy surly tasteless tedious terrible ugly unbearable unfriendly unhelpful unpleasant waste worse worst"""
 )
-NEGATIONS = frozenset("not never no nothing hardly".split())
+NEGATIONS = _words("not never no nothing hardly")
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
@@ -91,6 +96,8 @@ def final_answer(
 
     The column holds a number, or a worked solution that itself ends with a marker and a number. Its value null makes the reward abstain.
     """
+    if isinstance(markers, str) or not markers:
+        raise ValueError(f"reward parameter markers={markers!r} must be a list of at least one text, such as ['####']")
     return [_final_answer(prompt, completion.text, column, markers) for prompt, completion in zip(prompts, completions, strict=True)]
 
 

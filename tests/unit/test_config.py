@@ -32,6 +32,10 @@ def place(tmp_path, monkeypatch):
         "defaults: [{optimizer: fast}, {loss: dpo}, {parallel: single}, {reward: sentiment}, _self_]\n"
         "model: {path: model}\ndata: {train: [{path: rows.jsonl}]}\n"
     )
+    (tmp_path / "mine" / "plain.yaml").write_text(  # the same without groups, which take Hydra the most time
+        "optimizer: {lr: 0.5}\nloss: {function: losses:dpo, params: {beta: 0.1}}\nreward: {kindness: {function: online.rewards:sentiment}}\n"
+        "model: {path: model}\ndata: {train: [{path: rows.jsonl}]}\n"
+    )
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -125,7 +129,7 @@ def test_users_recipe_comes_before_a_shipped_one(place):
 
 def test_users_groups_serve_a_shipped_recipe(place):
     overrides = ["model.path=model", "data.train=[{path: rows.jsonl}]", "~data.validation.demo", "+optimizer=fast"]
-    assert load("dpo", overrides, "mine").optimizer.lr == 1e-4  # the recipe's own value comes after a group
+    assert load("dpo", overrides, "mine").optimizer.lr == 0.5  # a group that is added comes after the recipe
     (place / "mine" / "precision").mkdir()
     (place / "mine" / "precision" / "mixed.yaml").write_text("dtype: bf16\n")
     assert load("dpo", [*overrides, "precision=mixed"], "mine").precision.dtype == "bf16"
@@ -225,7 +229,7 @@ BAD_OVERRIDES = [
 @pytest.mark.parametrize(("override", "parts"), BAD_OVERRIDES, ids=[override for override, _ in BAD_OVERRIDES])
 def test_bad_input_names_key_value_and_remedy(override, parts):
     with pytest.raises(ValueError) as error:
-        small(override, world_size=None)
+        load("plain", [override], "mine", world_size=None)
     message = str(error.value)
     assert all(part in message for part in parts), message
     assert len(message.splitlines()) <= 3, message

@@ -127,6 +127,11 @@ def test_tight_packs_fall_back_to_first_fit_decreasing():
     assert [len(batch.token_ids_T) for batch in packs[0]] == [12, 12]
 
 
+def test_uneven_packs_are_dealt_so_that_ranks_are_even():
+    packs = pack([TokenPair([1], [2] * (size - 1)) for size in (10, 9, 3, 2)], max_tokens=10, num_ranks=2)
+    assert [[len(batch.token_ids_T) for batch in rank] for rank in packs] == [[10, 2], [9, 3]]
+
+
 def test_the_answer_depends_on_nothing_but_the_step():
     a, b = (pack(random_step(64), max_tokens=2048, num_ranks=2) for _ in range(2))
     assert all(torch.equal(x.token_ids_T, y.token_ids_T) for r, s in zip(a, b, strict=True) for x, y in zip(r, s, strict=True))
