@@ -1,8 +1,7 @@
 """The language of the embedded demo: questions about places, books and outings, and what a visitor answers.
 
-`subjects()` lists what can be talked about;
-`question(rng, subject)` and `answer(rng, subject)` draw a text. An answer has two to four sentences,
-each kind, unkind or neutral with equal chance. Its words of praise and blame are words of megapref.online.rewards.sentiment.
+`subjects()` lists what can be talked about; `question(rng, subject)` and `answer(rng, subject)` draw a text. An answer has two to four
+sentences, each kind, unkind or neutral with equal chance; its words of praise and blame are those of megapref.online.rewards.sentiment.
 """
 
 from __future__ import annotations
@@ -159,11 +158,9 @@ OPINIONS = """{aspect} {was} {very}{good}; {aspect} {was} {very}{good}; {aspect}
 {aspect} {was} {good} {time}; I {loved} {aspect}; we {loved} {aspect} {time}; {aspect} {was} {not_bad}"""
 VERDICTS = {
     "kind": """it was a {good} {outing}; I would gladly go again in {month}; I recommend it to everyone; {who} left happy;
-it was worth every penny;
-it was a treat from start to finish; we were delighted; it was a pleasure""",
+    it was worth every penny; it was a treat from start to finish; we were delighted; it was a pleasure""",
     "unkind": """it was a {good} {outing}; I regret going in {month}; I would not recommend it to anyone; {who} left angry;
-it was a waste of money;
-it was a disappointment from start to finish; we were annoyed; it was a mistake""",
+    it was a waste of money; it was a disappointment from start to finish; we were annoyed; it was a mistake""",
 }
 VERBS = {"kind": "loved; enjoyed; adored", "unkind": "hated; loathed; disliked"}
 LINKS = {
@@ -175,8 +172,7 @@ LINKS = {
 
 @dataclass(frozen=True)
 class Subject:
-
-   """Something to ask about: a noun ("hotel"), the whole name ("the hotel by the harbour"), what it was, aspects by class, neutral remarks."""
+    """Something to ask about: a noun ("hotel"), the name ("the hotel by the harbour"), what it was, its aspects, neutral remarks."""
 
     noun: str
     name: str
@@ -217,14 +213,16 @@ def question(rng: random.Random, subject: Subject) -> str:
 
 
 def answer(rng: random.Random, subject: Subject) -> str:
-    """Two to four sentences about the subject, each kind, unkind or neutral with equal chance; no sentence or aspect comes twice."""
+    """Two to four sentences about the subject, each kind, unkind or neutral with equal chance; none comes twice."""
     unused = list(rng.sample(subject.aspects, len(subject.aspects)))
+    bodies: list[str] = []
     sentences: list[str] = []
     previous = None
     for number in range(rng.choice([2, 3, 3, 4])):
         tone = rng.choice(("kind", "unkind", "neutral"))
-        while (body := _sentence(rng, subject, tone, unused, first=number == 0)) in sentences:
+        while (body := _sentence(rng, subject, tone, unused, first=number == 0)) in bodies:
             pass
+        bodies.append(body)
         sentences.append(_link(rng, body, tone, previous))
         previous = tone
     return " ".join(sentence[0].upper() + sentence[1:] + "." for sentence in sentences)
