@@ -18,11 +18,9 @@ from torch import Tensor
 from torch.nn import Module
 
 from megapref.batch import ModelSpec
-from megapref.config import Parallel
 from megapref.convert import mapping
-from megapref.convert.families import read_spec
 from megapref.mcore import gather, setup
-from megapref.mcore.model import build_model, named_weights
+from megapref.mcore.model import named_weights
 
 MAX_FILE_BYTES = 5 * 10**9
 _COMPANIONS = (
@@ -50,15 +48,6 @@ def find_model(path: str) -> Path:
         raise ValueError(
             f"model.path={path} is neither a folder nor a model that can be had from the Hugging Face hub: {reason}"
         ) from error
-
-
-def load_model(path: str, parallel: Parallel, dtype: str) -> tuple[list[Module], ModelSpec]:
-    """This process's part of the model at `path` with its weights, in the type that `precision.dtype` names; a collective of all ranks."""
-    folder = find_model(path)
-    spec = read_spec(folder)
-    chunks = build_model(spec, parallel, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
-    load_hf(chunks, spec, folder)
-    return chunks, spec
 
 
 def load_hf(chunks: list[Module], spec: ModelSpec, folder: str | Path) -> None:

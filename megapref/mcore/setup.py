@@ -19,9 +19,7 @@ from megapref.config import Parallel
 from megapref.mcore import cpu, device
 
 warnings.filterwarnings("ignore", module=r"megatron\.")
-cpu.install()
-
-from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+from megatron.core import parallel_state, tensor_parallel
 
 
 def start(parallel: Parallel, seed: int, timeout_minutes: float = 30) -> None:

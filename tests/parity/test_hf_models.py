@@ -24,6 +24,20 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
     return {name: tiny_models.make_checkpoint(root / name, name) for name in tiny_models.CONFIGS}
 
 
+def load_model(folder: Path, parallel: Parallel):
+    """In a process of a layout: starts it and returns its chunks with their weights, and the specification."""
+    from megapref.convert.families import read_spec
+    from megapref.convert.hf import load_hf
+    from megapref.mcore import setup
+    from megapref.mcore.model import build_model
+
+    setup.start(parallel, seed=0)
+    spec = read_spec(folder)
+    chunks = build_model(spec, parallel, torch.float32)
+    load_hf(chunks, spec, folder)
+    return chunks, spec
+
+
 def token_ids() -> torch.Tensor:
     return torch.randint(0, tiny_models.SHAPE["vocab_size"], (2, LENGTH), generator=torch.Generator().manual_seed(1))
 
@@ -45,10 +59,8 @@ def _loss(logits: torch.Tensor) -> torch.Tensor:
 def logits_on_every_rank(folder: Path, parallel: Parallel, export_to: Path) -> torch.Tensor | None:
     """Runs in each process of a layout: loads, exports, and returns the logits, whole, on the last stage's ranks."""
     from megapref.convert import hf
-    from megapref.mcore import setup
 
-    setup.start(parallel, seed=0)
-    chunks, spec = hf.load_model(str(folder), parallel, "fp32")
+    chunks, spec = load_model(folder, parallel)
     hf.export_hf(chunks, spec, folder, export_to, max_file_bytes=20_000)
     with torch.no_grad():
         return forward_stages(chunks[0])[..., : spec.vocab_size] if parallel.pipeline > 1 else forward(chunks[0])[..., : spec.vocab_size]
@@ -94,11 +106,9 @@ def test_logits_gradients_and_export_on_one_process(checkpoints, name, tmp_path)
 
 def logits_gradients_and_export(folder: Path, export_to: Path) -> tuple[torch.Tensor, dict[str, torch.Tensor], bool]:
     from megapref.convert import hf, mapping
-    from megapref.mcore import setup
     from megapref.mcore.model import named_weights
 
-    setup.start(Parallel(), seed=0)
-    chunks, spec = hf.load_model(str(folder), Parallel(), "fp32")
+    chunks, spec = load_model(folder, Parallel())
     hf.export_hf(chunks, spec, folder, export_to)
     logits = forward(chunks[0])
     _loss(logits).backward()
@@ -140,19 +150,15 @@ def test_export_is_a_folder_that_transformers_loads(checkpoints, tmp_path):
 
 def load_and_export(folder: Path, out: Path, max_file_bytes: int) -> None:
     from megapref.convert import hf
-    from megapref.mcore import setup
 
-    setup.start(Parallel(), seed=0)
-    chunks, spec = hf.load_model(str(folder), Parallel(), "fp32")
+    chunks, spec = load_model(folder, Parallel())
     hf.export_hf(chunks, spec, folder, out, max_file_bytes=max_file_bytes)
 
 
 def export_somewhere_bad(folder: Path, out: Path, parallel: Parallel) -> str:
     from megapref.convert import hf
-    from megapref.mcore import setup
 
-    setup.start(parallel, seed=0)
-    chunks, spec = hf.load_model(str(folder), parallel, "fp32")
+    chunks, spec = load_model(folder, parallel)
     with pytest.raises(ValueError) as error:
         hf.export_hf(chunks, spec, folder, out)
     return str(error.value)
@@ -168,12 +174,9 @@ def test_export_that_fails_fails_on_every_rank_and_leaves_nothing(checkpoints, t
 
 
 def load_error(folder: Path, parallel: Parallel) -> str:
-    from megapref.convert import hf
-    from megapref.mcore import setup
 
-    setup.start(parallel, seed=0)
     with pytest.raises(ValueError) as error:
-        hf.load_model(str(folder), parallel, "fp32")
+        load_model(folder, parallel)
     return str(error.value)
 
 
