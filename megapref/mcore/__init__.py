@@ -1,5 +1,13 @@
 """The one package that touches Megatron-Core; without a GPU, Core is made to run on CPU before anything of it is imported."""
 
-from megapref.mcore import cpu
+import logging
+import warnings
+
+# What Core and torch.distributed.checkpoint say of their own insides is for their developers; cpu.py is named as the caller of what it wraps.
+warnings.filterwarnings("ignore", module=r"megatron\.|torch\.|megapref\.mcore\.cpu")
+warnings.filterwarnings("ignore", category=SyntaxWarning, message="invalid escape sequence")
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found" on every CPU machine
+
+from megapref.mcore import cpu  # noqa: E402
 
 cpu.install()

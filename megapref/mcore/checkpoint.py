@@ -77,6 +77,17 @@ def load_checkpoint(state: TrainState, path: Path) -> dict:
     return saved
 
 
+def load_weights(chunks: list[torch.nn.Module], path: Path) -> None:
+    """Loads a checkpoint's model, saved at any layout, into chunks that are not trained. ValueError when a file is missing or changed."""
+    problem = verify(path)
+    if problem:
+        raise ValueError(f"checkpoint {path} is not usable: {problem}; choose another one")
+    metadata = ensure_metadata_has_dp_cp_group(dict(_METADATA))
+    with cpu.core_calls():
+        loaded = dist_checkpointing.load({"model": chunks[0].sharded_state_dict(metadata=metadata)}, str(path))
+    chunks[0].load_state_dict(loaded["model"])
+
+
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint whose files are all as they were written; None without one. Collective; unusable ones are named on stderr."""
     box = [None]

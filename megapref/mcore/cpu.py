@@ -63,6 +63,11 @@ def core_calls() -> contextlib.AbstractContextManager:
     return _OnCpu() if ACTIVE else contextlib.nullcontext()
 
 
+def plain_torch() -> contextlib.AbstractContextManager:
+    """Context for model computation inside `core_calls()`: nothing there names a device, and the rewriting costs on every torch call."""
+    return torch._C.DisableTorchFunction() if ACTIVE else contextlib.nullcontext()
+
+
 def install() -> None:
     """Replaces the torch.cuda functions and Core helpers that need a GPU. Idempotent; nothing on a GPU machine."""
     if not ACTIVE or torch.cuda.current_device is _current_device:
@@ -130,6 +135,7 @@ def _install_expert_dispatch() -> None:
 def _install_inference() -> None:
     from megatron.core.inference import communication_utils  # asserts tensor.is_cuda before sends between stages
     from megatron.core.inference.contexts import dynamic_context  # a Triton kernel appends to the cache; Core's torch path is the fallback
+    from megatron.core.inference.engines import dynamic_engine  # collects garbage (0.1 s) to free CUDA graphs, of which there are none
     from megatron.core.transformer import attention  # calls flash-attn on the paged cache
 
     from megapref.mcore import paged_attention
@@ -139,6 +145,7 @@ def _install_inference() -> None:
 
     communication_utils._is_cuda = _nothing()
     communication_utils._is_cuda_contiguous = check_contiguous
+    dynamic_engine.delete_cuda_graphs = _nothing()
     dynamic_context.triton_append_key_value_cache = None
     attention.flash_attn_varlen_func = paged_attention.flash_attn_varlen_func
     attention.flash_attn_with_kvcache = paged_attention.flash_attn_with_kvcache

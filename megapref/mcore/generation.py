@@ -51,16 +51,26 @@ class _Sampler(TorchSampling):
         return ids if output is None else output.copy_(ids)
 
 
+class _Model(GPTInferenceWrapper):
+    """Core's wrapper of a model, computing without the device rewriting that Core's bookkeeping needs on CPU."""
+
+    def run_one_forward_step(self, inference_input, recv_buffer_seq_len=None):
+        with cpu.plain_torch():
+            return super().run_one_forward_step(inference_input, recv_buffer_seq_len)
+
+
 class Engine:
     """Continuous batching over one model; made once, used for every round of generation."""
 
     def __init__(self, chunk: torch.nn.Module, generation: config.Generation, max_length: int):
         self.model = unwrap_model(chunk)
+        tensor = self.model.config.tensor_model_parallel_size
+        slots = -(-generation.max_requests // tensor) * tensor  # Core wants a multiple
         self.config = InferenceConfig(
-            block_size_tokens=min(256, max(16, 1 << (max_length // 4).bit_length())),
+            block_size_tokens=16 if cpu.ACTIVE else 256,  # flash-attn's paged kernels want 256; less is gathered in vain with small ones
             buffer_size_gb=generation.kv_cache_gb,
-            max_requests=generation.max_requests,
-            max_tokens=max(max_length, generation.max_requests, 64),
+            max_requests=slots,
+            max_tokens=max(max_length, slots, 64),
             max_sequence_length=max_length,
             kv_cache_management_mode=KVCacheManagementMode.RECOMPUTE,
         )
@@ -91,7 +101,7 @@ class Engine:
     def _start(self) -> DynamicInferenceEngine:
         if self.engine is None:
             context = DynamicInferenceContext(self.model.config, self.config)
-            controller = TextGenerationController(GPTInferenceWrapper(self.model, context), _TokenIdsOnly())
+            controller = TextGenerationController(_Model(self.model, context), _TokenIdsOnly())
             controller._sampling = self.sampler
             self.engine = DynamicInferenceEngine(controller, context)
         else:

@@ -68,8 +68,7 @@ def flash_attn_with_kvcache(
     blocks = block_table[:, : -(-longest // block_size)].long().clamp(min=0)
     keys, values = (cache[blocks].flatten(1, 2)[:, :longest] for cache in (k_cache, v_cache))
     position = torch.arange(longest)
-    dead = (position >= lengths[:, None])[:, :, None, None]
-    keys, values = keys.masked_fill(dead, 0), values.masked_fill(dead, 0)
+    values.masked_fill_((position >= lengths[:, None])[:, :, None, None], 0)  # a copy; dead keys are masked as scores
     # A slot without tokens (length 0) sees everything: its output is thrown away, but must be finite.
     limit = lengths[:, None] - num_q + torch.arange(num_q)
     mask = (position <= limit[..., None]) | (lengths == 0)[:, None, None]

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import logging
 import os
-import warnings
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
 
 from megapref.config import Parallel
 from megapref.mcore import cpu, device
-
-warnings.filterwarnings("ignore", module=r"megatron\.")
-from megatron.core import parallel_state, tensor_parallel
 
 
 def start(parallel: Parallel, seed: int, timeout_minutes: float = 30) -> None:
@@ -77,30 +75,39 @@ def gather_over_data_parallel(value: Any) -> list[Any]:
     return gathered
 
 
-def agree(error: BaseException | None) -> None:
-    """Raises the first rank's error on every rank, when any rank has one; a collective of the whole world."""
-    errors = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, None if error is None else (isinstance(error, ValueError), f"{error}" or repr(error)))
-    for rank, entry in enumerate(errors):
-        if entry is not None:
-            is_users, message = entry
-            raise (ValueError if is_users else RuntimeError)(f"{message}" if is_users else f"rank {rank}: {message}") from error
+def gather_over_world(value: Any) -> list[Any]:
+    """`value` of every process, in rank order, on every process."""
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def agree(error: Exception | None) -> None:
+    """Raises the first rank's error on every rank, when any rank has one; a collective of the whole world.
+
+    The user's errors (ValueError, OSError) become a ValueError with their message, others a RuntimeError with their traceback.
+    """
+    entry = None
+    if error is not None:
+        is_users = isinstance(error, ValueError | OSError)
+        entry = (is_users, str(error) or repr(error) if is_users else "".join(traceback.format_exception(error)))
+    entries = gather_over_world(entry)
+    for rank, first in enumerate(entries):
+        if first is not None:
+            if rank == dist.get_rank() and isinstance(error, ValueError):
+                raise error  # with the line it comes from
+            is_users, message = first
+            raise ValueError(message) if is_users else RuntimeError(f"rank {rank}: {message}")
+
+
+def on_every_rank(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, run by every rank, none of which may wait for another in it; an error of any is raised on all."""
+    return _agreed(function, lambda: True)
 
 
 def on_first_rank(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, run by the first rank alone (None on the others); its error is raised on all."""
-
-    def run(*args, **kwargs):
-        result, error = None, None
-        if is_first_rank():
-            try:
-                result = function(*args, **kwargs)
-            except (ValueError, OSError) as caught:
-                error = caught
-        agree(error)
-        return result
-
-    return run
+    return _agreed(function, is_first_rank)
 
 
 def once_per_model(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -109,19 +116,28 @@ def once_per_model(function: Callable[..., Any]) -> Callable[..., Any]:
     Made for user code (rewards, judges): it runs once per share of the pairs, and nothing hangs when it raises.
     """
 
+    def source() -> int:
+        return dist.get_process_group_ranks(parallel_state.get_model_parallel_group())[0]
+
     def run(*args, **kwargs):
+        box = [_agreed(function, lambda: dist.get_rank() == source())(*args, **kwargs)]
         group = parallel_state.get_model_parallel_group()
-        source = dist.get_process_group_ranks(group)[0]
+        if group.size() > 1:
+            dist.broadcast_object_list(box, src=source(), group=group)
+        return box[0]
+
+    return run
+
+
+def _agreed(function: Callable[..., Any], is_here: Callable[[], bool]) -> Callable[..., Any]:
+    def run(*args, **kwargs):
         result, error = None, None
-        if dist.get_rank() == source:
+        if is_here():
             try:
                 result = function(*args, **kwargs)
-            except Exception as caught:  # user code may raise anything; agree() re-raises it on every rank
+            except Exception as caught:  # whatever it is: without agree() the other ranks would wait for ever
                 error = caught
         agree(error)
-        box = [result]
-        if group.size() > 1:
-            dist.broadcast_object_list(box, src=source, group=group)
-        return box[0]
+        return result
 
     return run
