@@ -1,7 +1,8 @@
-"""The types that everything agrees on. `TokenPair` is the waist: all above it makes pairs and knows no GPU, all below trains on them and knows no text.
+"""The types that everything agrees on. `TokenPair` is the waist: above it pairs are made without a GPU, below it they are trained on without text.
 
 Legend of the suffixes, which name logical dimensions whatever the shard:
-T tokens in a pack, K trained completion tokens in a pack, P pairs, 2 = (first, second), S attention segments, V vocabulary, H hidden, N heads, D head width.
+T tokens in a pack, K trained completion tokens in a pack, P pairs, 2 = (first, second), C single completions,
+S attention segments, V vocabulary, H hidden, N heads, D head width.
 """
 
 from __future__ import annotations
@@ -108,6 +109,29 @@ class PairLogps:
     @cached_property
     def length_P2(self) -> Tensor:
         return self.sum_by_completion(torch.ones_like(self.ref_K))
+
+
+@dataclass(frozen=True)
+class UnpairedLogps:
+    """`PairLogps` of C single completions, each desirable or not: `cell_K` is the number of the completion."""
+
+    policy_K: Tensor
+    ref_K: Tensor
+    cell_K: Tensor
+    desirable_C: Tensor  # bool
+    extras_C: dict[str, Tensor] = field(default_factory=dict)
+
+    def sum_by_completion(self, values_K: Tensor) -> Tensor:
+        """[C]: values summed over the tokens of each completion."""
+        return values_K.new_zeros(len(self.desirable_C)).index_add(0, self.cell_K, values_K)
+
+    @cached_property
+    def policy_C(self) -> Tensor:
+        return self.sum_by_completion(self.policy_K)
+
+    @cached_property
+    def log_ratio_C(self) -> Tensor:
+        return self.policy_C - self.sum_by_completion(self.ref_K)
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,7 @@ def _model(cfg: Config, hf_config: dict[str, Any] | None) -> Iterator[str]:
     heads = hf_config.get("num_attention_heads")
     kv_heads = hf_config.get("num_key_value_heads") or heads
     divided = [
+        ("tensor", tensor, "num_key_value_heads", kv_heads),
         ("tensor", tensor, "num_attention_heads", heads),
         ("tensor", tensor, "intermediate_size", hf_config.get("intermediate_size")),
     ]
@@ -103,8 +104,6 @@ def _model(cfg: Config, hf_config: dict[str, Any] | None) -> Iterator[str]:
     for name, value, of, total in divided:
         if total and total % value:
             yield f"parallel.{name}={value} does not divide the model's {of}={total}; use {_divisors(total)}"
-    if kv_heads and kv_heads % tensor and tensor % kv_heads:
-        yield f"parallel.tensor={tensor} neither divides the model's num_key_value_heads={kv_heads} nor is a multiple; use {_divisors(kv_heads)}"
 
 
 def _divisors(n: int) -> str:

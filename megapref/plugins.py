@@ -71,7 +71,7 @@ def _find(function: str, key: str) -> tuple[Callable[..., Any], str]:
         ) from error
     target = getattr(module, name, None)
     if not callable(target):
-        own = [n for n, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == found and not n.startswith("_")]
+        own = [n for n, v in vars(module).items() if inspect.isfunction(v) and f"{v.__module__}.".startswith(f"{found}.") and n[0] != "_"]
         reason = "is not a function" if hasattr(module, name) else "does not exist"
         raise ValueError(
             f"{key}={show(function)}: {found}:{name} {reason}; {found} has {', '.join(own) or 'no functions'}{did_you_mean(name, own)}"

@@ -26,6 +26,8 @@ from megapref.online.rewards import sentiment
 ROOT = Path(__file__).resolve().parents[1]
 END, PAD = "<|endoftext|>", "<|pad|>"
 NUM_ROWS = {"sft": (8000, 200), "preference": (600, 100), "prompts": (400, 64)}  # (train, validation)
+# From random weights: a larger step and more of them than the recipe's, which starts from a trained model. Six times over the rows.
+SFT_OVERRIDES = ["train.steps=1500", "optimizer.lr=3e-3", "optimizer.betas=[0.9,0.95]", "optimizer.warmup_steps=20"]
 # A dialogue of one question and one answer renders as the plain rows do: the answer follows the question after one space.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ ' ' + message['content'] | trim + eos_token }}"
@@ -57,11 +59,12 @@ def write_data(folder: Path, seed: int) -> None:
         name = ("train", "validation")[split]
         rng = random.Random(f"{seed} {name}")
         write_jsonl(folder / f"sft_{name}.jsonl", (sft_row(rng, known) for _ in range(NUM_ROWS["sft"][split])))
-        write_jsonl(folder / f"preference_{name}.jsonl", (preference_row(rng, known) for _ in range(NUM_ROWS["preference"][split])))
         prompts: dict[str, None] = {}
         while len(prompts) < NUM_ROWS["prompts"][split]:
             prompts[question(rng, rng.choice(known))] = None
         write_jsonl(folder / f"prompts_{name}.jsonl", ({"prompt": prompt} for prompt in prompts))
+        # Last, because how many answers it draws depends on the reward.
+        write_jsonl(folder / f"preference_{name}.jsonl", (preference_row(rng, known) for _ in range(NUM_ROWS["preference"][split])))
 
 
 def sft_row(rng: random.Random, known: list[Subject]) -> dict[str, str]:
@@ -124,7 +127,7 @@ def train_model(data: Path, work: Path, seed: int, overrides: list[str]) -> None
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", str(ROOT / "launchers/train.py")]
     command += ["--config-name", "sft", f"run.dir={work / 'sft'}", f"run.seed={seed}", f"model.path={work / 'initial'}"]
     command += [f"data.train=[{{path: {data / 'sft_train.jsonl'}}}]"]
-    command += [f"data.validation={{held_out: {{path: {data / 'sft_validation.jsonl'}}}}}", *overrides]
+    command += [f"data.validation.demo.path={data / 'sft_validation.jsonl'}", *SFT_OVERRIDES, *overrides]
     subprocess.run(command, check=True)
     shutil.copytree(work / "sft/hf", data / "model", dirs_exist_ok=True)
 

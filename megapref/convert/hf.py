@@ -5,7 +5,9 @@ Both directions are exact: what is loaded and exported unchanged has the same bi
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -74,17 +76,19 @@ def export_hf(
     *,
     dtype: str | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
+    replace: bool = False,
 ) -> None:
     """Writes the model as a Hugging Face folder with the configuration and tokenizer of `source`; a collective of all ranks.
 
     `dtype` (default: that of `source`) names the type of the weights. The folder appears under its name when it is complete.
-    Errors: ValueError when it exists already or cannot be written.
+    Errors: ValueError when it cannot be written, or exists already and is not to `replace`.
     """
     folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     error = None
     if setup.is_first_rank():
-        error = ValueError(f"{folder} exists already; remove it or export to another folder") if folder.exists() else None
+        exists = folder.exists() and not replace
+        error = ValueError(f"{folder} exists already; remove it or export to another folder") if exists else None
     setup.agree(error)
     tensors = gather.to_first_rank(_whole_tensors(chunks, spec, getattr(torch, dtype or spec.dtype)))
     try:
@@ -93,12 +97,32 @@ def export_hf(
             partial.mkdir(parents=True)
             _write_companions(Path(source), partial, dtype)
             _write_weights(tensors, partial, max_file_bytes)
-            partial.rename(folder)
+            _put(partial, folder)
     except (OSError, SafetensorError) as caught:
         error = ValueError(f"{folder} cannot be written: {caught}")
     for _ in tensors:  # the other ranks, and a first rank that failed: the senders must not be left waiting
         pass
     setup.agree(error)
+
+
+def _put(partial: Path, folder: Path) -> None:
+    """Gives a complete folder its name; one that has it now goes last."""
+    previous = folder.with_name(f".{folder.name}.previous")
+    shutil.rmtree(previous, ignore_errors=True)
+    if folder.exists():
+        folder.rename(previous)
+    partial.rename(folder)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def fingerprint(folder: Path) -> str:
+    """A digest of config.json and of the end of every weight file: the same for a copy of the folder, another for another model."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            file.seek(-min(2**20, path.stat().st_size), os.SEEK_END)
+            digest.update(path.name.encode() + file.read())
+    return digest.hexdigest()[:16]
 
 
 def _tensor_files(folder: Path, spec: ModelSpec) -> dict[str, Path]:

@@ -22,21 +22,25 @@ _PADDED_AREA = 1.3
 
 @dataclass(frozen=True)
 class SegmentGroup:
-    """Segments computed in one call. A lone segment without prefix is a slice (`index_q` None); others gather rows, with a mask [B, 1, Q, KV]."""
+    """Segments computed in one call; `mask` [B, 1, Q, KV] is None for a lone segment without prefix, which is plainly causal."""
 
-    start: int
-    length: int
-    index_q: Tensor | None = None  # [B * Q] rows of the pack
-    index_kv: Tensor | None = None  # [B * KV]
-    mask: Tensor | None = None
-    num_segments: int = 1
+    num_segments: int
+    mask: Tensor | None
 
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """How a pack's attention is computed, made once and used by every layer: `order_T` puts the rows of the groups back into pack order."""
+    """How a pack's attention is computed, made once and used by every layer.
+
+    Rows are gathered in the order of the groups, `sizes_q` and `sizes_kv` of them for each, and `order_T` puts the output back into pack
+    order; where an index is None the rows are in order already.
+    """
 
     groups: tuple[SegmentGroup, ...]
+    sizes_q: list[int]
+    sizes_kv: list[int]
+    index_q: Tensor | None
+    index_kv: Tensor | None
     order_T: Tensor | None
 
 
@@ -57,18 +61,20 @@ def attention_plan(segments_S: Tensor, device: torch.device) -> AttentionPlan:
     segments = segments_S.cpu().numpy()
     segments = segments[segments[:, 1] > 0]
     by_size = segments[np.lexsort((segments[:, 0], segments[:, 1] + segments[:, 3], segments[:, 1]))]
-    groups: list[SegmentGroup] = []
-    rows: list[np.ndarray] = []  # for each group: the pack row of each of its output rows, -1 for padding
-    for members in _join_short(by_size):
-        group, group_rows = _group(members, device)
-        groups.append(group)
-        rows.append(group_rows)
-    flat = np.concatenate(rows)
-    if (np.diff(flat) == 1).all():
-        return AttentionPlan(tuple(groups), None)
-    order = np.empty(int((flat >= 0).sum()), np.int64)
-    order[flat[flat >= 0]] = np.nonzero(flat >= 0)[0]
-    return AttentionPlan(tuple(groups), torch.from_numpy(order).to(device))
+    parts = [_group(members, device) for members in sorted(_join_short(by_size), key=lambda members: members[0, 0])]
+    groups, rows_q, rows_kv = zip(*parts, strict=True)
+    index_q, index_kv = np.concatenate(rows_q), np.concatenate(rows_kv)
+    order = np.argsort(index_q, kind="stable")[(index_q < 0).sum() :]
+    return AttentionPlan(
+        groups,
+        [len(rows) for rows in rows_q],
+        [len(rows) for rows in rows_kv],
+        *(None if _in_order(index) else torch.from_numpy(index.clip(min=0)).to(device) for index in (index_q, index_kv, order)),
+    )
+
+
+def _in_order(index: np.ndarray) -> bool:
+    return index[0] == 0 and bool((np.diff(index) == 1).all())
 
 
 def _join_short(segments: np.ndarray) -> list[np.ndarray]:
@@ -89,13 +95,14 @@ def _join_short(segments: np.ndarray) -> list[np.ndarray]:
     return [np.stack(members) for members in joined]
 
 
-def _group(members: np.ndarray, device: torch.device) -> tuple[SegmentGroup, np.ndarray]:
-    start, length, _, prefix = (int(x) for x in members[0])
-    if len(members) == 1 and prefix == 0:
-        return SegmentGroup(start, length), np.arange(start, start + length)
+def _group(members: np.ndarray, device: torch.device) -> tuple[SegmentGroup, np.ndarray, np.ndarray]:
+    """A group, the pack rows of its queries and those of its keys; -1 is padding."""
+    if len(members) == 1 and members[0, 3] == 0:
+        start, length = members[0, :2]
+        return SegmentGroup(1, None), np.arange(start, start + length), np.arange(start, start + length)
     longest_q, longest_kv = int(members[:, 1].max()), int((members[:, 1] + members[:, 3]).max())
     index_q = np.full((len(members), longest_q), -1)
-    index_kv = np.zeros((len(members), longest_kv), np.int64)
+    index_kv = np.full((len(members), longest_kv), -1)
     mask = np.zeros((len(members), longest_q, longest_kv), bool)
     for i, (start, length, prefix_start, prefix) in enumerate(members):
         index_q[i, :length] = np.arange(start, start + length)
@@ -103,34 +110,25 @@ def _group(members: np.ndarray, device: torch.device) -> tuple[SegmentGroup, np.
         index_kv[i, prefix : prefix + length] = np.arange(start, start + length)
         mask[i, :length, : prefix + length] = np.tri(length, prefix + length, prefix, bool)
         mask[i, length:, 0] = True  # padding rows see one key, so that their (unused) output is finite
-    as_tensor = lambda array: torch.from_numpy(array).to(device)  # noqa: E731
-    group = SegmentGroup(
-        start=int(members[0, 0]),
-        length=longest_q,
-        index_q=as_tensor(np.maximum(index_q, 0).ravel()),
-        index_kv=as_tensor(index_kv.ravel()),
-        mask=as_tensor(mask)[:, None],
-        num_segments=len(members),
-    )
-    return group, index_q.ravel()
+    return SegmentGroup(len(members), torch.from_numpy(mask).to(device)[:, None]), index_q.ravel(), index_kv.ravel()
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float | None) -> Tensor:
     """Attention of a pack: query [T, N, D], key and value [T, groups, D] to [T, N, D]."""
+    # One gather and one split for all groups: slices taken group by group would each cost a gradient of the whole pack's size.
+    parts = (
+        _rows(x, index).split(sizes)
+        for x, index, sizes in ((query, plan.index_q, plan.sizes_q), (key, plan.index_kv, plan.sizes_kv), (value, plan.index_kv, plan.sizes_kv))
+    )
     outputs = []
-    for group in plan.groups:
-        if group.index_q is None:
-            rows = slice(group.start, group.start + group.length)
-            q, k, v = (x[rows].transpose(0, 1)[None] for x in (query, key, value))
-        else:
-            q, k, v = (
-                x.index_select(0, index).view(group.num_segments, -1, *x.shape[1:]).transpose(1, 2)
-                for x, index in ((query, group.index_q), (key, group.index_kv), (value, group.index_kv))
-            )
-        out = _sdpa(q, k, v, group.mask, scale)
-        outputs.append(out.transpose(1, 2).flatten(0, 1))
-    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return joined if plan.order_T is None else joined.index_select(0, plan.order_T)
+    for group, *qkv in zip(plan.groups, *parts, strict=True):
+        q, k, v = (x.unflatten(0, (group.num_segments, -1)).transpose(1, 2) for x in qkv)
+        outputs.append(_sdpa(q, k, v, group.mask, scale).transpose(1, 2).flatten(0, 1))
+    return _rows(torch.cat(outputs), plan.order_T)
+
+
+def _rows(x: Tensor, index: Tensor | None) -> Tensor:
+    return x if index is None else x.index_select(0, index)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:

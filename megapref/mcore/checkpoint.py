@@ -7,16 +7,21 @@ then does the folder get its name `step_<n>`. A save that is killed leaves the e
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
+import queue
 import shutil
+import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from megatron.core.utils import unwrap_model
+from torch.distributed.checkpoint import CheckpointException
 
 from megapref.mcore import cpu, setup
 from megapref.mcore.step import TrainState
@@ -24,6 +29,8 @@ from megapref.mcore.step import TrainState
 # Core's format that can be loaded at another tensor, pipeline or data-parallel size.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 _MANIFEST = "manifest.json"
+# Core's writer hands results over in a queue of a process of its own, which a killed run would leave behind; this process both puts and gets.
+filesystem_async._results_queue = queue.SimpleQueue()
 
 
 def save_checkpoint(state: TrainState, folder: Path, keep: int, extra: dict) -> Path:
@@ -33,27 +40,17 @@ def save_checkpoint(state: TrainState, folder: Path, keep: int, extra: dict) -> 
     """
     final = folder / f"step_{state.step:06d}"
     temporary = folder / f".writing_step_{state.step:06d}"
-    error = None
+    content = {"step": state.step, "adam_step": _adam_step(state.optimizer), "bad_steps": state.bad_steps, **extra}
     try:
-        if setup.is_first_rank():
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-    except OSError as caught:
-        error = ValueError(f"cannot write a checkpoint to {folder}: {caught}; free space or choose another run.dir")
-    setup.agree(error)
-    try:
-        with cpu.core_calls():
-            dist_checkpointing.save(_sharded_state(state, is_loading=False), str(temporary), content_metadata=_METADATA)
-    except (OSError, RuntimeError, dist_checkpointing.core.CheckpointingException) as caught:
-        error = ValueError(f"cannot write a checkpoint to {temporary}: {caught}; free space or choose another run.dir")
-    setup.agree(error)
-    try:
-        _finish(temporary, final, {"step": state.step, "adam_step": _adam_step(state.optimizer), "bad_steps": state.bad_steps, **extra})
-    except OSError as caught:
-        error = ValueError(f"cannot finish the checkpoint {final}: {caught}; free space or choose another run.dir")
-    setup.agree(error)
+        setup.on_first_rank(_make_empty)(temporary)
+        _write_state(state, temporary)
+        setup.on_first_rank((temporary / "state.json").write_text)(json.dumps(content))
+        checksums = setup.gather_over_world(setup.on_every_rank(_checksums)(temporary, dist.get_rank(), dist.get_world_size()))
+        setup.on_first_rank(_finish)(temporary, final, {name: entry for part in checksums for name, entry in part.items()})
+    except ValueError as error:
+        raise ValueError(f"cannot write the checkpoint {final}: {error}; free space or choose another run.dir") from error
     if setup.is_first_rank():
-        for old in _complete(folder)[:-keep]:
+        for old in _checkpoints(folder)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -62,15 +59,19 @@ def load_checkpoint(state: TrainState, path: Path) -> dict:
     """Loads a checkpoint, saved at any layout, into `state` and returns its `extra`. ValueError when a file is missing or changed."""
     problem = verify(path)
     if problem:
-        raise ValueError(f"checkpoint {path} is not usable: {problem}; choose another one for run.resume")
+        raise ValueError(f"checkpoint {path} is not usable: {problem}; run.resume takes the folder of one, such as checkpoints/step_000010")
     saved = json.loads((path / "state.json").read_text())
     _make_adam_state(state.optimizer)
+    # Core puts the saved options (weight decay, betas, ...) into the optimizer; those of this run's config hold.
+    options = [{key: value for key, value in group.items() if key != "params"} for group in state.optimizer.param_groups]
     with cpu.core_calls():
         loaded = dist_checkpointing.load(_sharded_state(state, is_loading=True), str(path))
         for name, model in _model_entries(state):
             model.load_state_dict(loaded[name])
         steps = _pop_adam_steps(state.optimizer)
         state.optimizer.load_state_dict(loaded["optimizer"])
+    for group, values in zip(state.optimizer.param_groups, options, strict=True):
+        group.update(values)
     for entry in steps:
         entry["step"] = torch.tensor(float(saved["adam_step"]))  # one tensor each: a shared one would be advanced once per parameter
     state.step, state.bad_steps = saved["step"], saved["bad_steps"]
@@ -89,60 +90,85 @@ def load_weights(chunks: list[torch.nn.Module], path: Path) -> None:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint whose files are all as they were written; None without one. Collective; unusable ones are named on stderr."""
-    box = [None]
-    if setup.is_first_rank():
-        for path in reversed(_complete(folder)):
-            problem = verify(path, collective=False)
-            if problem is None:
-                box = [path]
-                break
-            print(f"passing over checkpoint {path}: {problem}", flush=True)
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    """The newest checkpoint whose files are all as they were written, None where there is none yet. Collective; unusable ones are named on stderr.
+
+    ValueError when there are checkpoints, but none is usable.
+    """
+    paths = setup.gather_over_world(setup.on_first_rank(_checkpoints)(folder))[0]
+    for path in reversed(paths):
+        problem = verify(path)
+        if problem is None:
+            return path
+        if setup.is_first_rank():
+            print(f"passing over checkpoint {path}: {problem}", file=sys.stderr, flush=True)
+    if paths:
+        raise ValueError(f"{folder}: none of the {len(paths)} checkpoints is usable; start again with another run.dir")
+    return None
 
 
-def verify(path: Path, collective: bool = True) -> str | None:
-    """What is wrong with a checkpoint's files, or None; each rank reads a share of them when `collective`."""
-    rank, size = (dist.get_rank(), dist.get_world_size()) if collective else (0, 1)
+def verify(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None. Collective: each rank reads a share of them."""
     problem = None
     try:
         entries = json.loads((path / _MANIFEST).read_text())
-        for name, (num_bytes, digest) in sorted(entries.items())[rank::size]:
+        for name, (num_bytes, digest) in sorted(entries.items())[dist.get_rank() :: dist.get_world_size()]:
             if (path / name).stat().st_size != num_bytes or _sha256(path / name) != digest:
                 problem = f"{name} is not what was saved"
                 break
-    except (OSError, ValueError) as caught:
+    except (OSError, ValueError, AttributeError, TypeError) as caught:
         problem = f"{type(caught).__name__}: {caught}"
-    if not collective:
-        return problem
-    problems = [None] * size
-    dist.all_gather_object(problems, problem)
-    return next((entry for entry in problems if entry is not None), None)
+    return next(filter(None, setup.gather_over_world(problem)), None)
 
 
-def _complete(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step_*") if (path / _MANIFEST).is_file())
+def set_aside_after(folder: Path, step: int) -> list[Path]:
+    """Renames the checkpoints of later steps, which a resumed run does again, to `unused_step_<n>`; returns their new paths. Not collective."""
+    renamed = []
+    for path in _checkpoints(folder):
+        if int(path.name.removeprefix("step_")) > step:
+            names = (folder / f"unused_{path.name}{suffix}" for suffix in ("", *(f"_{i}" for i in itertools.count(2))))
+            renamed.append(path.rename(next(name for name in names if not name.exists())))
+    return renamed
 
 
-def _finish(temporary: Path, final: Path, content: dict) -> None:
-    """Checksums by all ranks, then the manifest, then the name."""
-    if setup.is_first_rank():
-        (temporary / "state.json").write_text(json.dumps(content))
-    dist.barrier()
-    names = sorted(path.name for path in temporary.iterdir())[dist.get_rank() :: dist.get_world_size()]
-    mine = {name: ((temporary / name).stat().st_size, _sha256(temporary / name)) for name in names}
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, mine)
-    if setup.is_first_rank():
-        manifest = temporary / _MANIFEST
-        manifest.write_text(json.dumps({name: entry for part in parts for name, entry in part.items()}, indent=1))
-        for path in (*temporary.iterdir(), temporary):
-            _sync(path)
-        if final.exists():
-            shutil.rmtree(final)  # the same step saved again after a resume
-        os.rename(temporary, final)
-        _sync(final.parent)
+def _checkpoints(folder: Path) -> list[Path]:
+    """All that have the name of a checkpoint, by step."""
+    paths = [path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdigit()]
+    return sorted(paths, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def _make_empty(folder: Path) -> None:
+    for killed in folder.parent.glob(".writing_step_*"):
+        shutil.rmtree(killed)
+    folder.mkdir(parents=True)
+
+
+def _write_state(state: TrainState, folder: Path) -> None:
+    """Core's writing of model and optimizer, in which ranks wait for each other; where one cannot write, all raise ValueError."""
+    error = None
+    try:
+        with cpu.core_calls():
+            dist_checkpointing.save(_sharded_state(state, is_loading=False), str(folder), content_metadata=_METADATA)
+    except CheckpointException as caught:  # a BaseException, on every rank; its text has the traceback of each
+        failures = [f"rank {rank}: {type(failure).__name__}: {failure}" for rank, (failure, _) in caught.failures.items()]
+        error = ValueError("; ".join(failures) or "another rank failed")
+    except (OSError, RuntimeError, dist_checkpointing.core.CheckpointingException) as caught:
+        error = ValueError(str(caught))
+    setup.agree(error)
+
+
+def _checksums(folder: Path, part: int, num_parts: int) -> dict[str, tuple[int, str]]:
+    """Size and SHA-256 of every n-th file."""
+    files = sorted(folder.iterdir())[part::num_parts]
+    return {file.name: (file.stat().st_size, _sha256(file)) for file in files}
+
+
+def _finish(temporary: Path, final: Path, checksums: dict[str, tuple[int, str]]) -> None:
+    """The manifest, then the name."""
+    (temporary / _MANIFEST).write_text(json.dumps(checksums, indent=1))
+    for path in (*temporary.iterdir(), temporary):
+        _sync(path)
+    os.rename(temporary, final)
+    _sync(final.parent)
 
 
 def _sync(path: Path) -> None:

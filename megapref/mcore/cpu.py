@@ -76,6 +76,7 @@ def install() -> None:
     _install_cuda_runtime()
     _install_random()
     _install_expert_dispatch()
+    _install_lone_rank()
     _install_inference()
 
 
@@ -130,6 +131,17 @@ def _install_expert_dispatch() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = as_is
+
+
+def _install_lone_rank() -> None:
+    from megatron.core.distributed import param_and_grad_buffer  # gathers and reduces over one rank too, whose shard is the whole buffer
+
+    def unless_alone(collective):
+        return lambda output, input, group, **kwargs: collective(output, input, group=group, **kwargs) if group.size() > 1 else None
+
+    # NCCL leaves such a buffer as it is; gloo copies it, every weight and gradient twice a step.
+    for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+        setattr(param_and_grad_buffer, name, unless_alone(getattr(param_and_grad_buffer, name)))
 
 
 def _install_inference() -> None:

@@ -7,6 +7,7 @@ import math
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from megapref import config
 from megapref.mcore import cpu
@@ -44,6 +45,15 @@ def build_optimizer(chunks: list[DistributedDataParallel], optimizer: config.Opt
             for group in part.optimizer.param_groups:
                 group["fused"], group["foreach"] = True, False
     return built
+
+
+def apply_gradients(optimizer, grad_norm: float, lr: float) -> None:
+    """Takes the step along gradients that `prepare_grads` made ready, clipped by their norm: Core's `step()`, which measures it once more."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    for part in optimizer.chained_optimizers:
+        clip_grad_by_total_norm_fp32(part.get_parameters(), part.config.clip_grad, grad_norm)
+    optimizer.step_with_ready_grads()
 
 
 def learning_rate(step: int, total_steps: int, optimizer: config.Optimizer) -> float:

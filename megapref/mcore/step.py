@@ -16,6 +16,7 @@ from torch import Tensor
 from megapref.batch import Loss, PackedBatch, PairLogps
 from megapref.mcore import cpu, device
 from megapref.mcore.forward import completion_logps, forward_pack, to_device
+from megapref.mcore.optimizer import apply_gradients
 
 
 @dataclass
@@ -47,9 +48,7 @@ def train_step(state: TrainState, packs: list[PackedBatch], loss: Loss, lr: floa
         grad_norm = float(state.optimizer.get_grad_norm())
         good = math.isfinite(grad_norm) and math.isfinite(metrics["loss"])
         if good and count > 0:
-            for group in state.optimizer.param_groups:
-                group["lr"] = lr
-            state.optimizer.step()
+            apply_gradients(state.optimizer, grad_norm, lr)
     state.step += 1
     state.bad_steps = 0 if good else state.bad_steps + 1
     return {**metrics, "grad_norm": grad_norm, "lr": lr, "num_pairs": count, "skipped": float(not good)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
@@ -32,7 +33,7 @@ def score(
     """
     totals: list[float | None] = [None] * len(prompts)
     for name, (reward, weight) in rewards.items():
-        values = _checked(reward(prompts, completions), f"reward.{name}", len(prompts), "one finite number or None")
+        values = _ask(f"reward.{name}", reward, prompts, completions, rule="one finite number or None")
         for i, value in enumerate(values):
             if value is not None:
                 totals[i] = (totals[i] or 0.0) + weight * value
@@ -65,7 +66,7 @@ def decide_by_judge(judge: Judge, decide_rewards: Decide | None) -> Decide:
     """Asks the judge; rewards, when there are any, are computed for the log alone. ValueError for a value outside [0, 1]."""
 
     def decide(prompts: list[Prompt], first: list[Completion], second: list[Completion]) -> Verdicts:
-        preferences = _checked(judge(prompts, first, second), "judge", len(prompts), "a probability in [0, 1] or None")
+        preferences = _ask("judge", judge, prompts, first, second, rule="a probability in [0, 1] or None")
         outside = next((p for p in preferences if p is not None and not 0 <= p <= 1), None)
         if outside is not None:
             raise ValueError(f"judge: gave {outside}, but P(first is better) lies in [0, 1]; None abstains")
@@ -74,6 +75,19 @@ def decide_by_judge(judge: Judge, decide_rewards: Decide | None) -> Decide:
         return Verdicts(preferences, scored.first_scores, scored.second_scores)
 
     return decide
+
+
+def _ask(key: str, function: Callable[..., list], prompts: list[Prompt], *completions: list[Completion], rule: str) -> list[float | None]:
+    """What the user's function gives, checked. ValueError with the line in it that raised, or with the value that breaks the rule."""
+    if not prompts:
+        return []  # a rank without prompts: no function has to mind that
+    try:
+        values = function(prompts, *completions)
+    except Exception as error:  # the user's code may raise anything
+        frames = traceback.extract_tb(error.__traceback__)[1:][-3:]
+        where = "".join(f"\n  {frame.filename}:{frame.lineno} in {frame.name}: {frame.line}" for frame in frames)
+        raise ValueError(f"{key}: its function raised {type(error).__name__}: {error}{where}") from error
+    return _checked(values, key, len(prompts), rule)
 
 
 def _checked(values, key: str, expected: int, rule: str) -> list[float | None]:

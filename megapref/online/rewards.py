@@ -36,11 +36,12 @@ NEGATIONS = _words("not never no nothing hardly")
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
-def sentiment(prompts: Sequence[Prompt], completions: Sequence[Completion], *, min_sentences: int = 2) -> list[float]:
-    """How kind each completion is, in [-1, 1], whatever its length: the mean over its sentences of kind words minus unkind words, clipped to [-1, 1].
+def sentiment(prompts: Sequence[Prompt], completions: Sequence[Completion], *, min_sentences: int = 3) -> list[float]:
+    """How kind each completion is, in [-1, 1]: the mean over its sentences of kind words minus unkind words, clipped to [-1, 1].
 
-    A word after a negation counts for its opposite, a sentence said before counts -1, one of fewer than three words counts 0;
-    a completion of fewer than `min_sentences` is divided by that number, so that one short phrase cannot win. Empty or gibberish text scores 0.
+    Up to two words after a negation a word counts for its opposite; a sentence said before counts -1, one of fewer than three words 0.
+    The sum over fewer than `min_sentences` sentences is divided by that number all the same, so that one short phrase cannot win.
+    Empty or gibberish text scores 0. ValueError if `min_sentences` is under 1.
     """
     if min_sentences < 1:
         raise ValueError(f"reward parameter min_sentences={min_sentences} must be at least 1")

@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "mcore": ("batch", "config"),
     "convert": ("batch",),
     "convert.hf": ("batch", "config", "mcore"),
-    "train": ("batch", "checks", "config", "convert", "data", "inference", "losses", "mcore", "online", "plugins", "runlog"),
+    "sources": ("batch", "config", "data", "inference", "mcore", "online", "plugins"),
+    "train": ("batch", "checks", "config", "convert", "data", "losses", "mcore", "plugins", "runlog", "sources"),
 }
 
 

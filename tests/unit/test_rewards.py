@@ -28,14 +28,14 @@ def score(reward, *texts, **params):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("The room was lovely. The guide was very helpful.", 1.0),
+        ("The room was lovely. The guide was very helpful. I would gladly go again.", 1.0),
         ("The room was lovely. The guide was rude. We came by bus.", 0.0),
-        ("The soup was stale! The waiter was rude?", -1.0),
-        ("The waiter was not rude. The soup was never very bland.", 1.0),
-        ("I would not recommend it to anyone. It was a waste of money.", -1.0),
-        ("The room was lovely and spotless and warm. We came by bus.", 0.5),  # clipped: one sentence is worth at most 1
+        ("The soup was stale! The waiter was rude? We were annoyed.", -1.0),
+        ("The waiter was not rude. The soup was never very bland. Nothing was dirty.", 1.0),
+        ("I would not recommend it to anyone. It was a waste of money. We came by bus.", -2 / 3),
+        ("The room was lovely and spotless and warm. We came by bus.", 1 / 3),  # clipped: one sentence is worth at most 1
         ("The room was lovely. The room was lovely. The room was lovely.", -1 / 3),  # each repetition costs a sentence
-        ("The room was lovely.", 0.5),  # shorter than min_sentences
+        ("The room was lovely.", 1 / 3),  # shorter than min_sentences
         ("Lovely. Warm. Charming.", 0.0),  # no sentences
         ("", 0.0),
         (" ... !?", 0.0),
@@ -50,12 +50,12 @@ def test_sentiment_of_a_text(text, expected):
 def test_sentiment_does_not_depend_on_length():
     pairs = [("room", "lovely"), ("waiter", "polite"), ("garden", "peaceful"), ("tea", "fresh"), ("price", "fair"), ("bed", "comfortable")]
     sentences = [f"The {noun} was {adjective}." for noun, adjective in pairs]
-    assert score(rewards.sentiment, *[" ".join(sentences[:n]) for n in range(2, 7)]) == [1.0] * 5
+    assert score(rewards.sentiment, *[" ".join(sentences[:n]) for n in range(3, 7)]) == [1.0] * 4
 
 
 def test_sentiment_min_sentences():
     text = "The room was lovely. The waiter was polite."
-    assert score(rewards.sentiment, text, min_sentences=4) == [0.5]
+    assert [score(rewards.sentiment, text, min_sentences=n) for n in (1, 2, 4)] == [[1.0], [1.0], [0.5]]
     with pytest.raises(ValueError, match="min_sentences=0"):
         score(rewards.sentiment, text, min_sentences=0)
 

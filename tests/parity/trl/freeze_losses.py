@@ -52,7 +52,7 @@ def synthetic():
 
 
 class Answers(torch.nn.Module):
-    """A model that answers with prescribed per-token values; `call` maps the input ids' row count to their row numbers."""
+    """A model that answers with prescribed per-token values: the first input id is the number of the row to answer with."""
 
     is_gradient_checkpointing = False
 

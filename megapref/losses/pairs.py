@@ -1,35 +1,23 @@
-"""Preference losses: pure functions `(PairLogps, *, params) -> LossOutput` of completion-token log-probabilities.
-
-They see no parallelism: every sum is over the pairs of one pack, and the step divides by the global number of pairs.
-Notation: w chosen, l rejected; lp and lr the summed log-probabilities of policy and reference, n the number of tokens of a completion;
-r = lp - lr, z = r or its f-divergence transform (`loss_terms.scores`), d = z_w - z_l; b is beta, eps label_smoothing, s the logistic sigmoid,
-LS log-sigmoid. Everything is computed in float32.
-A preference p = P(first is better) weighs both readings of a pair: p loss(first, second) + (1 - p) loss(second, first).
-Metrics, and losses of one side alone, call the side with p >= 0.5 chosen. A pair's extra `weight` multiplies its loss.
-
-What a loss needs besides its pack is marked on the function: see `loss_terms.reference_free` and `loss_terms.batch_wide`.
-"""
+"""Losses of a pack's pairs, each pair by itself. Notation in `losses`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu, sigmoid
 
-from megapref.batch import Loss, LossOutput, PairLogps
-from megapref.loss_terms import (
+from megapref.batch import LossOutput, PairLogps
+from megapref.losses.terms import (
     Divergence,
     Fraction,
     Positive,
-    batch_wide,
     bernoulli_kl,
     chosen_rejected,
     extra,
-    length_desensitized,
     log_ratios,
     mean_of_sides,
     metrics_of_rewards,
@@ -74,7 +62,7 @@ def dpo(
 def sigmoid_norm(
     pairs: PairLogps, *, beta: Positive = 0.1, f_divergence: Divergence = "reverse_kl", alpha: float = 0.5, centered: bool = False
 ) -> LossOutput:
-    """-LS(b (z_w / n_w - z_l / n_l)): length-averaged DPO; `centered` as in `loss_terms.scores`."""
+    """-LS(b (z_w / n_w - z_l / n_l)): length-averaged DPO; `centered` as in `terms.scores`."""
     score_P2 = per_token(pairs, scores(pairs, f_divergence, alpha, centered))
     return preference_loss(pairs, of_margin(score_P2, lambda d_P: -logsigmoid(beta * d_P)), beta)
 
@@ -93,7 +81,7 @@ def ipo(
     alpha: float = 0.5,
     centered: bool = False,
 ) -> LossOutput:
-    """(d - 1 / (2 b))^2: IPO, arXiv 2310.12036 eq. 17; with `average_log_probs` d is of per-token means, `centered` as in `loss_terms.scores`."""
+    """(d - 1 / (2 b))^2: IPO, arXiv 2310.12036 eq. 17; with `average_log_probs` d is of per-token means, `centered` as in `terms.scores`."""
     score_P2 = scores(pairs, f_divergence, alpha, centered)
     if average_log_probs:
         score_P2 = per_token(pairs, score_P2)
@@ -116,7 +104,7 @@ def exo_pair(
 def nca_pair(pairs: PairLogps, *, beta: Positive = 0.1, f_divergence: Divergence = "reverse_kl", alpha: float = 0.5) -> LossOutput:
     """-LS(b z_w) - LS(-b z_w) / 2 - LS(-b z_l) / 2: NCA, arXiv 2402.05369."""
     z_P2 = beta * scores(pairs, f_divergence, alpha)
-    return preference_loss(pairs, lambda w, l: -logsigmoid(z_P2[:, w]) - (logsigmoid(-z_P2[:, w]) + logsigmoid(-z_P2[:, l])) / 2, beta)
+    return preference_loss(pairs, lambda win, lose: -logsigmoid(z_P2[:, win]) - (logsigmoid(-z_P2[:, win]) + logsigmoid(-z_P2[:, lose])) / 2, beta)
 
 
 def robust(
@@ -151,25 +139,25 @@ def bco_pair(
     z_P2 = beta * scores(pairs, f_divergence, alpha)
     if running_delta:
         z_P2 = z_P2 - extra(pairs, "delta")[:, None]
-    return preference_loss(pairs, lambda w, l: -logsigmoid(z_P2[:, w]) - logsigmoid(-z_P2[:, l]), beta)
+    return preference_loss(pairs, lambda win, lose: -logsigmoid(z_P2[:, win]) - logsigmoid(-z_P2[:, lose]), beta)
 
 
 def sppo_hard(pairs: PairLogps, *, beta: Positive = 0.1, f_divergence: Divergence = "reverse_kl", alpha: float = 0.5) -> LossOutput:
     """(z_w - 1 / (2 b))^2 + (z_l + 1 / (2 b))^2: SPPO with hard labels, arXiv 2405.00675 eq. 4.7."""
     z_P2 = scores(pairs, f_divergence, alpha)
-    return preference_loss(pairs, lambda w, l: (z_P2[:, w] - 1 / (2 * beta)) ** 2 + (z_P2[:, l] + 1 / (2 * beta)) ** 2, beta)
+    return preference_loss(pairs, lambda win, lose: (z_P2[:, win] - 1 / (2 * beta)) ** 2 + (z_P2[:, lose] + 1 / (2 * beta)) ** 2, beta)
 
 
 def apo_zero(pairs: PairLogps, *, beta: Positive = 0.1) -> LossOutput:
     """1 - s(b r_w) + s(b r_l): chosen up, rejected down, arXiv 2408.06266 eq. 7."""
     r_P2 = beta * log_ratios(pairs)
-    return preference_loss(pairs, lambda w, l: sigmoid(-r_P2[:, w]) + sigmoid(r_P2[:, l]), beta)
+    return preference_loss(pairs, lambda win, lose: sigmoid(-r_P2[:, win]) + sigmoid(r_P2[:, lose]), beta)
 
 
 def apo_down(pairs: PairLogps, *, beta: Positive = 0.1, f_divergence: Divergence = "reverse_kl", alpha: float = 0.5) -> LossOutput:
     """s(b r_w) + 1 - s(b d): chosen down, rejected further down, arXiv 2408.06266 eq. 8."""
     r_P2, z_P2 = beta * log_ratios(pairs), beta * scores(pairs, f_divergence, alpha)
-    return preference_loss(pairs, lambda w, l: sigmoid(r_P2[:, w]) + sigmoid(z_P2[:, l] - z_P2[:, w]), beta)
+    return preference_loss(pairs, lambda win, lose: sigmoid(r_P2[:, win]) + sigmoid(z_P2[:, lose] - z_P2[:, win]), beta)
 
 
 def discopop(
@@ -219,10 +207,63 @@ def dpop(
     """DPO of d - lambda max(0, lr_w - lp_w), which keeps the chosen side likely: DPO-Positive, arXiv 2402.13228 eq. 3."""
     z_P2, shortfall_P2 = scores(pairs, f_divergence, alpha), dpop_lambda * relu(-log_ratios(pairs))
 
-    def margin(w: int, l: int) -> Tensor:
-        return beta * (z_P2[:, w] - z_P2[:, l] - shortfall_P2[:, w])
+    def margin(win: int, lose: int) -> Tensor:
+        return beta * (z_P2[:, win] - z_P2[:, lose] - shortfall_P2[:, win])
 
-    def penalty(w: int, l: int) -> Tensor:
-        return -(1 - label_smoothing) * logsigmoid(margin(w, l)) - label_smoothing * logsigmoid(-margin(w, l))
+    def penalty(win: int, lose: int) -> Tensor:
+        return -(1 - label_smoothing) * logsigmoid(margin(win, lose)) - label_smoothing * logsigmoid(-margin(win, lose))
 
     return preference_loss(pairs, penalty, beta)
+
+
+@reference_free
+def simpo(pairs: PairLogps, *, beta: Positive = 2.0, gamma: float = 1.0) -> LossOutput:
+    """-LS(b (lp_w / n_w - lp_l / n_l) - gamma): SimPO, arXiv 2405.14734 eq. 6. Rewards are b lp / n."""
+    reward_P2 = beta * per_token(pairs, pairs.policy_P2)
+    loss_P = weigh_readings(pairs, of_margin(reward_P2, lambda d_P: -logsigmoid(d_P - gamma)))
+    return total(pairs, loss_P, metrics_of_rewards(pairs, reward_P2))
+
+
+@reference_free
+def cpo(
+    pairs: PairLogps,
+    *,
+    beta: Positive = 0.1,
+    label_smoothing: Fraction = 0.0,
+    cpo_alpha: float = 1.0,
+    sft_average_log_probs: bool = True,
+) -> LossOutput:
+    """-(1 - eps) LS(b (lp_w - lp_l)) - eps LS(-b (lp_w - lp_l)) + cpo_alpha NLL(w): CPO, arXiv 2401.08417 eq. 5.
+
+    NLL is the token mean, or the sum without `sft_average_log_probs`. Rewards are b lp.
+    """
+    reward_P2 = beta * pairs.policy_P2
+    nll_P2 = -(per_token(pairs, pairs.policy_P2) if sft_average_log_probs else pairs.policy_P2)
+    contrast_P = weigh_readings(pairs, of_margin(reward_P2, lambda d_P: -logsigmoid(d_P)), label_smoothing)
+    likelihood_P = weigh_readings(pairs, lambda win, lose: nll_P2[:, win])
+    return total(pairs, contrast_P + cpo_alpha * likelihood_P, metrics_of_rewards(pairs, reward_P2))
+
+
+@reference_free
+def orpo(pairs: PairLogps, *, beta: Positive = 0.1) -> LossOutput:
+    """-p_w - b LS(log odds(w) - log odds(l)), p = lp / n, log odds = p - log(1 - exp(p)): ORPO, arXiv 2403.07691 eq. 6. Rewards are b p."""
+    # A completion that the policy is certain of has infinite odds.
+    mean_P2 = per_token(pairs, pairs.policy_P2).clamp(max=-1e-6)
+    odds_P2 = mean_P2 - torch.log(-torch.expm1(mean_P2))
+
+    def penalty(win: int, lose: int) -> Tensor:
+        return -mean_P2[:, win] - beta * logsigmoid(odds_P2[:, win] - odds_P2[:, lose])
+
+    return total(pairs, weigh_readings(pairs, penalty), metrics_of_rewards(pairs, beta * mean_P2))
+
+
+@reference_free
+def sft(pairs: PairLogps, *, average_log_probs: bool = True) -> LossOutput:
+    """-lp_w / n_w, or -lp_w without `average_log_probs`: negative log-likelihood of the chosen side; the rejected side may be empty."""
+    nll_P2 = -(per_token(pairs, pairs.policy_P2) if average_log_probs else pairs.policy_P2)
+    with torch.no_grad():
+        metric_sums = {
+            "logps/chosen": chosen_rejected(pairs, pairs.policy_P2)[0].sum(),
+            "objective/entropy": -mean_of_sides(pairs, pairs.policy_P2).sum(),
+        }
+    return total(pairs, chosen_rejected(pairs, nll_P2)[0], metric_sums)

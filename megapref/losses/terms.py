@@ -1,6 +1,6 @@
 """What losses are made of: log-ratios and their transforms, both readings of a pair, the metrics they share, marks that the step reads.
 
-Notation as in `losses`.
+Notation in `losses`.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ def scores(pairs: PairLogps, f_divergence: Divergence, alpha: float, centered: b
     `alpha` is the coefficient of alpha_divergence. z is f' but for a constant, which cancels between the sides; not so once they are divided by
     their lengths, and `centered` has the constant that makes z(0) = 0. Exponents are clamped at 80.
     """
-    ratio_P2 = log_ratios(pairs)
+    ratio_P2, one = log_ratios(pairs), float(centered)
     match f_divergence:
         case "forward_kl":
-            return -torch.exp((-ratio_P2).clamp(max=_MAX_EXPONENT)) + centered
+            return -torch.exp((-ratio_P2).clamp(max=_MAX_EXPONENT)) + one
         case "js_divergence":
-            return logsigmoid(ratio_P2) + math.log(2) * centered
+            return logsigmoid(ratio_P2) + math.log(2) * one
         case "alpha_divergence" if abs(alpha - 1) >= 1e-6:
-            return (torch.exp(((alpha - 1) * ratio_P2).clamp(max=_MAX_EXPONENT)) - centered) / (alpha - 1)
+            return (torch.exp(((alpha - 1) * ratio_P2).clamp(max=_MAX_EXPONENT)) - one) / (alpha - 1)
         case "alpha_divergence" | "reverse_kl":
             return ratio_P2
         case _:

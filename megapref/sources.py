@@ -1,0 +1,193 @@
+"""Where a run's pairs come from, files or judged samples of the policy, and how its progress is evaluated: one function of each for each kind."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from megapref.batch import Completion, Generate, Loss, PackedBatch, PairBatch, Prompt, TokenPair
+from megapref.config import Config, Source
+from megapref.data.offline import load_pairs, offline_pairs
+from megapref.data.packing import pack, packing_stats
+from megapref.data.prompts import load_prompts, prompt_batches
+from megapref.inference.engine import make_generate
+from megapref.mcore import reference, setup
+from megapref.mcore.generation import Engine
+from megapref.mcore.step import TrainState, evaluate_packs
+from megapref.online import judges
+from megapref.online.pairs import evaluate, online_pairs, summarise
+from megapref.plugins import load_plugin
+
+# Validation prompts are sampled with the noise of this "step", the same at every evaluation and never that of a training step.
+_EVALUATION_STEP = 2**40
+
+Evaluate = Callable[[], tuple[dict[str, float], list[dict]]]  # metrics of all ranks, rows for the table of samples
+
+
+@dataclass(frozen=True)
+class Data:
+    """The tokenised rows of a run: prompts of an online method, else pairs; `counts` of what was changed while they were read."""
+
+    train: list[Prompt] | list[TokenPair]
+    validation: dict[str, list]
+    counts: dict[str, int]
+
+
+def load_data(cfg: Config, tokenizer: PreTrainedTokenizerBase, max_positions: int) -> Data:
+    """All rows that the config names. ValueError for a row that cannot be used, in a pack or in a model of `max_positions`."""
+    load = partial(_load_prompts if cfg.method.pairs == "online" else _load_pairs, cfg, tokenizer)
+    train, counts = load(cfg.data.train)
+    validation = {name: load([source])[0][: cfg.evaluation.max_prompts] for name, source in cfg.data.validation.items()}
+    longest = longest_sequence(cfg, chain(train, *validation.values()))
+    if longest > max_positions:
+        raise ValueError(
+            f"model.path={cfg.model.path} has {max_positions} positions (max_position_embeddings), but the longest prompt with its completion "
+            f"takes {longest} tokens; lower data.max_length, data.max_prompt_length or generation.max_new_tokens, or use another model"
+        )
+    return Data(train, validation, counts)
+
+
+def longest_sequence(cfg: Config, rows) -> int:
+    """The most tokens of a prompt and one completion, read or to be sampled, among prompts or pairs."""
+
+    def length(row: Prompt | TokenPair) -> int:
+        if isinstance(row, Prompt):
+            return len(row.ids) + cfg.generation.max_new_tokens
+        return len(row.prompt_ids) + max(len(row.first_ids), len(row.second_ids))
+
+    return max(map(length, rows))
+
+
+def fingerprint(rows: Sequence[Prompt | TokenPair]) -> str:
+    """A digest of the rows' tokens, in their order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        for ids in (row.ids,) if isinstance(row, Prompt) else (row.prompt_ids, row.first_ids, row.second_ids):
+            digest.update(np.array([len(ids), *ids], dtype=np.int32).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def packs_of(cfg: Config, pairs: list[TokenPair]) -> tuple[list[PackedBatch], dict[str, float]]:
+    """This rank's packs of the step's pairs, and how well all ranks' packs are filled."""
+    packs = pack(
+        pairs,
+        max_tokens=cfg.pack.max_tokens,
+        num_ranks=setup.data_parallel_size(),
+        share_prompt=cfg.pack.share_prompt,
+        pad_multiple=_pad_multiple(cfg),
+    )
+    return packs[setup.data_parallel_rank()], packing_stats(packs)
+
+
+def online_source(
+    cfg: Config, data: Data, state: TrainState, ref: list[torch.nn.Module] | None, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Iterator[PairBatch], Evaluate]:
+    """Pairs of judged samples from step `state.step` on; evaluation plays the policy against the reference."""
+    max_length = longest_sequence(cfg, chain(data.train, *data.validation.values()))
+    engines = {"policy": Engine(state.chunks[0], cfg.generation, max_length)}
+    if ref:
+        engines["reference"] = Engine(ref[0], cfg.generation, max_length)
+    generate = make_generate(engines, cfg.generation, tokenizer, cfg.run.seed)
+    batches = prompt_batches(data.train, **_deal(cfg, state))
+    decide = setup.once_per_model(_decide(cfg, cfg.method.ties))
+    source = online_pairs(batches, generate, decide, candidates=cfg.method.candidates, counts=data.counts)
+    # A tie is half a win when models are compared, whatever training does with it.
+    prompts = list(chain(*data.validation.values())) if ref else []
+    return source, _against_reference(prompts, generate, setup.once_per_model(_decide(cfg, "soft")))
+
+
+def offline_source(
+    cfg: Config, data: Data, state: TrainState, ref: list[torch.nn.Module] | None, loss: Loss
+) -> tuple[Iterator[PairBatch], Evaluate]:
+    """Pairs from files from step `state.step` on; evaluation measures the loss on the validation pairs."""
+
+    def evaluate_now() -> tuple[dict[str, float], list[dict]]:
+        metrics = {}
+        for name, rows in data.validation.items():
+            packs, _ = packs_of(cfg, rows)
+            if ref:
+                packs = reference.fill_reference(ref, packs)
+            measured = evaluate_packs(state.chunks, packs, loss)
+            metrics |= {f"validation-{name}_{key}": value for key, value in measured.items()}
+        return metrics, []
+
+    return offline_pairs(data.train, **_deal(cfg, state), counts=data.counts), evaluate_now
+
+
+def _load_prompts(cfg: Config, tokenizer: PreTrainedTokenizerBase, sources: list[Source]) -> tuple[list[Prompt], dict[str, int]]:
+    room = _pack_tokens(cfg) - 2 * cfg.generation.max_new_tokens
+    return load_prompts(
+        sources,
+        tokenizer,
+        max_prompt_length=cfg.data.max_prompt_length,
+        truncation=cfg.data.truncation,
+        room=room if cfg.pack.share_prompt else room // 2,
+        on_bad_row=cfg.data.on_bad_row,
+    )
+
+
+def _load_pairs(cfg: Config, tokenizer: PreTrainedTokenizerBase, sources: list[Source]) -> tuple[list[TokenPair], dict[str, int]]:
+    return load_pairs(
+        sources,
+        tokenizer,
+        max_length=cfg.data.max_length,
+        max_prompt_length=cfg.data.max_prompt_length,
+        max_completion_length=cfg.data.max_completion_length,
+        truncation=cfg.data.truncation,
+        pack_tokens=_pack_tokens(cfg),
+        share_prompt=cfg.pack.share_prompt,
+        on_bad_row=cfg.data.on_bad_row,
+    )
+
+
+def _pad_multiple(cfg: Config) -> int:
+    return cfg.parallel.tensor if cfg.parallel.sequence else 1
+
+
+def _pack_tokens(cfg: Config) -> int:
+    return cfg.pack.max_tokens // _pad_multiple(cfg) * _pad_multiple(cfg)
+
+
+def _deal(cfg: Config, state: TrainState) -> dict:
+    """How rows are dealt out to steps and ranks."""
+    return {
+        "global_batch_size": cfg.train.global_batch_size,
+        "rank": setup.data_parallel_rank(),
+        "num_ranks": setup.data_parallel_size(),
+        "seed": cfg.run.seed,
+        "start_step": state.step,
+        "shuffle": cfg.data.shuffle,
+    }
+
+
+def _decide(cfg: Config, ties: str) -> judges.Decide:
+    rewards = {name: (load_plugin(entry.function, entry.params, f"reward.{name}"), entry.weight) for name, entry in cfg.reward.items()}
+    by_rewards = judges.decide_by_rewards(rewards, cfg.method.missing_eos_penalty, ties) if rewards else None
+    if cfg.judge is None:
+        return by_rewards
+    return judges.decide_by_judge(load_plugin(cfg.judge.function, cfg.judge.params, "judge"), by_rewards)
+
+
+def _against_reference(prompts: list[Prompt], generate: Generate, decide: judges.Decide) -> Evaluate:
+    """Policy against the frozen reference on validation prompts; the reference's completions are sampled once."""
+    mine = prompts[setup.data_parallel_rank() :: setup.data_parallel_size()]
+    baseline: list[Completion] = []
+
+    def evaluate_now() -> tuple[dict[str, float], list[dict]]:
+        if not prompts:
+            return {}, []
+        if not baseline:
+            baseline.extend(generate(mine, "reference", step=_EVALUATION_STEP, side=1))
+        policy = generate(mine, "policy", step=_EVALUATION_STEP, side=0)
+        values, rows = evaluate(mine, policy, baseline, decide(mine, policy, baseline))
+        gathered = setup.gather_over_data_parallel(values)
+        return summarise({name: list(chain.from_iterable(part[name] for part in gathered)) for name in values}), rows
+
+    return evaluate_now

@@ -1,0 +1,69 @@
+"""Whole runs at every layout against one process: the same samples, losses and gradient norms over three steps, in float32."""
+
+import pytest
+from distributed_run import run_distributed
+from tiny_runs import make_inputs, metrics_of, options, run_training, samples_of
+
+LAYOUTS = {
+    "dp2": (2, {}),
+    "tp2": (2, {"tensor": 2}),
+    "tp2 sequence": (2, {"tensor": 2, "sequence": True}),
+    "pp2": (2, {"pipeline": 2}),
+    "tp2 pp2": (4, {"tensor": 2, "pipeline": 2}),
+    "dp2 pp2": (4, {"pipeline": 2}),
+}
+SAME = ("loss", "grad_norm", "rewards/margins", "logps/chosen", "objective/scores", "eval/reward", "validation-same_loss")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """`runs(kind, layout)`: metrics and samples of a run, made once."""
+    folder = tmp_path_factory.mktemp("layouts")
+    # Tied: the first and the last stage each hold the embedding, and must sum its gradients.
+    inputs = {kind: make_inputs(folder / kind, model) for kind, model in (("online", "qwen2_tied"), ("offline", "llama_tied"))}
+    # One pair in the first step, none in the second, three in the third, whatever rank had their prompts.
+    picky = {"judge": {"function": "tiny_runs:picky", "params": {"keep": [0, 6, 7]}}, "data": {"shuffle": False}}
+    made = {}
+
+    def run(kind: str, layout: str):
+        if (kind, layout) not in made:
+            world, parallel = LAYOUTS.get(layout, (1, {}))
+            pairs = "offline" if kind == "offline" else "online"
+            groups = {**picky, "train": {"global_batch_size": 3}} if kind == "uneven" else {}
+            tree = options(inputs[pairs], folder / kind / layout, pairs, parallel=parallel, **groups)
+            assert run_distributed(run_training, world, tree) == [""] * world
+            made[kind, layout] = metrics_of(folder / kind / layout), samples_of(folder / kind / layout)
+        return made[kind, layout]
+
+    return run
+
+
+def compare(metrics: list[dict], single: list[dict]) -> None:
+    assert [record["step"] for record in metrics] == [0, 1, 2, 3]
+    for record, expected in zip(metrics, single, strict=True):
+        assert record.keys() == expected.keys()
+        for name in set(SAME) & expected.keys():
+            assert record[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6), (record["step"], name)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", ["offline", "online"])
+def test_runs_do_not_depend_on_the_layout(runs, kind, layout):
+    metrics, samples = runs(kind, layout)
+    single_metrics, single_samples = runs(kind, "one process")
+    compare(metrics, single_metrics)
+    assert len({record["loss"] for record in metrics[1:]}) == 3
+    num_shares = 2 if "dp2" in layout else 1
+    for step, expected in zip(samples, single_samples, strict=True):
+        assert step == expected[::num_shares]  # the first rank's share
+
+
+@pytest.mark.parametrize("layout", ["dp2", "tp2 pp2", "dp2 pp2"])
+def test_uneven_pairs(runs, layout):
+    """A rank without pairs, fewer pairs than ranks, and a step without any."""
+    metrics, _ = runs("uneven", layout)
+    compare(metrics, runs("uneven", "one process")[0])
+    assert [record["num_pairs"] for record in metrics[1:]] == [1, 0, 3]
+    assert [record["judge/abstained"] for record in metrics[1:]] == [2, 3, 0]
+    assert [record["skipped"] for record in metrics[1:]] == [0, 1, 0]
+    assert metrics[2]["loss"] is None

@@ -1,0 +1,89 @@
+"""Whole runs with tiny random models: their files, their config, and how to start them in workers and read what they wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tiny_models import make_checkpoint
+from tiny_tokenizers import save_tokenizer
+
+PROMPTS = ["the cat", "a dog ran to", "what is two and", "hello there", "good morning", "it is", "the old house is", "three dogs"]
+ANSWERS = [(" sat on the mat", " ran"), (" the house", " five and two"), (" three?", " cat"), (", good morning to you", " no")]
+
+
+def make_inputs(folder: Path, model: str = "qwen2", **changes) -> dict[str, str]:
+    """Paths of a model with its tokenizer, of prompts and of pairs, made in `folder`."""
+    from transformers import AutoTokenizer
+
+    folder.mkdir(exist_ok=True)
+    save_tokenizer(folder / "model", chat_template=None)
+    vocabulary = len(AutoTokenizer.from_pretrained(folder / "model"))
+    make_checkpoint(folder / "model", model, **{"vocab_size": vocabulary, **changes})
+    pairs = [{"prompt": p, "chosen": ANSWERS[i % 4][0], "rejected": ANSWERS[i % 4][1]} for i, p in enumerate(PROMPTS)]
+    write_rows(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
+    write_rows(folder / "pairs.jsonl", pairs)
+    return {name: str(folder / file) for name, file in (("model", "model"), ("prompts", "prompts.jsonl"), ("pairs", "pairs.jsonl"))}
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def options(inputs: dict[str, str], run_dir: Path, pairs: str, **groups: dict[str, Any]) -> dict[str, dict]:
+    """The config of a run of a few steps, as nested dicts; `groups` are laid over its groups."""
+    source = {"path": inputs["prompts" if pairs == "online" else "pairs"]}
+    tree = {
+        "run": {"dir": str(run_dir), "seed": 3},
+        "model": {"path": inputs["model"]},
+        "data": {"train": [source], "validation": {"same": {**source, "take": 3}}},
+        "method": {"pairs": pairs},
+        "train": {"steps": 3, "global_batch_size": 5},
+        "pack": {"max_tokens": 64},
+        "loss": {"function": "losses:dpo", "params": {"beta": 0.5}},
+        # eps: Adam would blow gradients that are zero but for rounding up to whole updates.
+        "optimizer": {"lr": 2e-3, "eps": 1e-3, "schedule": "linear", "warmup_steps": 1},
+        "generation": {"max_new_tokens": 8, "temperature": 0.7, "max_requests": 16, "kv_cache_gb": 0.01},
+        "evaluation": {"every": 2},
+        "reward": {"letters": {"function": "tiny_runs:letters"}} if pairs == "online" else {},
+        "save": {"export": False},
+        "log": {"tensorboard": False, "samples_every": 1, "samples": 100},
+    }
+    return {name: {**tree.get(name, {}), **groups.get(name, {})} for name in {**tree, **groups}}
+
+
+def letters(prompts, completions) -> list[float]:
+    """A reward without ties, almost: the mean code of a completion's characters."""
+    return [sum(map(ord, c.text)) / (100 * len(c.text)) if c.text else 0.0 for c in completions]
+
+
+def picky(prompts, first, second, *, keep: list[int]) -> list[float | None]:
+    """A judge that prefers the first completion of the prompts `keep` and abstains on the others."""
+    return [0.9 if prompt.index in keep else None for prompt in prompts]
+
+
+def run_training(tree: dict[str, dict]) -> str:
+    """Runs `megapref.train.main`, in a worker; returns the message of its ValueError, or an empty string."""
+    from megapref.config import Config
+    from megapref.schema import build
+    from megapref.train import main
+
+    errors: list[str] = []
+    cfg = build(Config, tree, errors)
+    assert not errors, errors
+    try:
+        main(cfg)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def metrics_of(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def samples_of(run_dir: Path) -> list[list[dict]]:
+    """The sampled pairs of every step."""
+    return [[json.loads(line) for line in path.read_text().splitlines()] for path in sorted((run_dir / "samples").glob("step_*.jsonl"))]
