@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from megapref.batch import TokenPair
 
 HEAD_CHUNK = 256
+FAMILIES = ("qwen2", "llama", "mistral")  # model_type of the weights it can run; no sliding window
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,11 @@ def lay_out(pairs: list[TokenPair]) -> Layout:
 
 def completion_logps(model: PreTrainedModel, layout: Layout, num_pairs: int) -> Tensor:
     """[P, 2]: summed log-probabilities of the completions."""
-    config, decoder = model.config, model.model
-    width = config.hidden_size // config.num_attention_heads
+    decoder = model.model
     x = decoder.embed_tokens(layout.ids)
     cos, sin = (table[0, :, None] for table in decoder.rotary_emb(x, layout.positions[None]))
     for layer in decoder.layers:
-        attention = layer.self_attn
+        attention, width = layer.self_attn, layer.self_attn.head_dim
         h = layer.input_layernorm(x)
         q, k, v = (project(h).view(len(h), -1, width) for project in (attention.q_proj, attention.k_proj, attention.v_proj))
         out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, layout.bounds)

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import torch
 from demo_text import Subject, answer, question, subjects
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from megapref.batch import Completion, Prompt
 from megapref.online.rewards import sentiment
@@ -91,9 +92,11 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, str]]) -> None:
 
 
 def write_initial_model(data: Path, folder: Path, seed: int) -> None:
-    """Writes a byte-level BPE tokenizer trained on the sft rows, and a Qwen2 model of about one million random weights."""
+    """Writes a tokenizer of Qwen2's kind (byte-level BPE) trained on the sft rows, and a Qwen2 model of about one million random weights."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.normalizer = normalizers.NFC()
+    words = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=1536, special_tokens=[END, PAD], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False

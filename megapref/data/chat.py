@@ -1,79 +1,112 @@
 """Turns text into tokens: standard strings and conversations, through the tokenizer's own special tokens or its chat template.
 
 Prompt and completion are tokenised as one text, once, and split where the prompt's text ends: what is trained is exactly what the tokenizer
-makes of the whole. A token that holds both the end of the prompt and the beginning of the completion is the completion's.
+makes of the whole. A token that holds both the end of the prompt and the beginning of the completion is the completion's. Of a completion of
+several messages the assistant's are found in the same text, by rendering the conversation up to each of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import batched, groupby
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from megapref.data.formats import Message, Text, shared_length
+from megapref.data.conversations import Message, Text, shared_length
 from megapref.data.rows import BadRow, Location
 
 ROWS_AT_ONCE = 512
+Span = tuple[int, int]  # first character, and the one after the last
 
 
 @dataclass(frozen=True)
 class RenderedRow:
-    """The text of a row as the tokenizer gets it: the prompt, and each completion as what follows it. `columns` pass through."""
+    """The text of a row as the tokenizer gets it: the prompt, and each completion as what follows it. `columns` pass through.
+
+    `trained` has the spans of each completion that are trained, None where all of it is.
+    """
 
     prompt: str
     completions: tuple[str, ...]
+    trained: tuple[list[Span] | None, ...]
     is_chat: bool
     location: Location
     columns: dict[str, Any]
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face folder or hub name. ValueError where there is none, or it has no EOS token or no character offsets."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        where = "the folder has no tokenizer that can be loaded" if Path(path).is_dir() else "no such folder, nor a name on the hub"
-        first_line = str(error).partition("\n")[0]
-        raise ValueError(f"model.tokenizer={path}: {where} ({first_line}); give a folder with tokenizer.json, or a hub name") from error
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"model.tokenizer={path}: has no EOS token, so no completion could end; set eos_token in tokenizer_config.json")
-    if not tokenizer.is_fast:
-        raise ValueError(f"model.tokenizer={path}: has no tokenizer.json, so it cannot say where tokens lie in the text; convert it to one")
-    return tokenizer
+class TokenizedRow(NamedTuple):
+    """A row's tokens: the prompt's, special tokens in front, the completions', which all end with EOS, and which of these are trained (None: all)."""
+
+    row: RenderedRow
+    prompt_ids: list[int]
+    completion_ids: list[list[int]]
+    masks: list[list[bool] | None]
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase, prompt: Text, completions: Iterable[Text], location: Location, columns: dict[str, Any]
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Text,
+    completions: Sequence[Text],
+    location: Location,
+    columns: dict[str, Any],
+    train_on: str = "final",
 ) -> RenderedRow:
     """The row as text. Strings stay as they are; conversations go through the chat template, the prompt up to where the assistant answers.
 
-    BadRow where the template refuses the row or does not keep the prompt in front; ValueError where a conversation meets no chat template.
+    `train_on`: final | all_assistant, the messages of a completion that are trained. BadRow where the template refuses the row or does not
+    keep the messages in front; ValueError where a conversation meets no chat template.
     """
     if isinstance(prompt, str):
-        return RenderedRow(prompt, tuple(completions), False, location, columns)
+        return RenderedRow(prompt, tuple(completions), (None,) * len(completions), False, location, columns)
     if tokenizer.chat_template is None:
         raise ValueError(
             f"{location}: holds a conversation, but the tokenizer {tokenizer.name_or_path} has no chat template; "
-            "use an instruct model's tokenizer, put chat_template.jinja into its folder, or give plain strings"
+            "use an instruct model's tokenizer, set model.chat_template to a Jinja file, or give plain strings"
         )
-    opened = _apply_template(tokenizer, prompt, location, add_generation_prompt=True)
-    bare = None
-    texts = []
-    for completion in completions:
-        whole = _apply_template(tokenizer, prompt + completion, location, add_generation_prompt=False)
-        if not whole.startswith(opened):
-            # Some templates open an answer otherwise than they write it, with a thinking block for one; then what both share is the prompt.
-            bare = bare or _apply_template(tokenizer, prompt, location, add_generation_prompt=False)
-            opened = opened[: shared_length(opened, whole)]
-            if not opened.startswith(bare):
-                raise BadRow(location, "the chat template changes the prompt when an answer follows, expected it to stay")
-        texts.append(whole)
-    return RenderedRow(opened, tuple(_end_at_eos(tokenizer, text[len(opened) :]) for text in texts), True, location, columns)
+    if train_on == "final" and len(completions) == 1:  # no other side to share a prompt with: all but the answer is the prompt
+        prompt, completions = prompt + completions[0][:-1], [completions[0][-1:]]
+    wholes = [_apply_template(tokenizer, prompt + completion, location, add_generation_prompt=False) for completion in completions]
+    start = _answers_start(tokenizer, prompt, wholes, location)
+    if not wholes:
+        return RenderedRow(start, (), (), True, location, columns)
+    cut = len(start)
+    trained = []
+    for completion, whole in zip(completions, wholes, strict=True):
+        spans = _trained_spans(tokenizer, prompt, completion, whole, train_on, location) if len(completion) > 1 else None
+        trained.append(spans and [(begin - cut, end - cut) for begin, end in spans])
+    return RenderedRow(start, tuple(_end_at_eos(tokenizer, whole[cut:]) for whole in wholes), tuple(trained), True, location, columns)
+
+
+def _answers_start(tokenizer: PreTrainedTokenizerBase, messages: list[Message], wholes: Sequence[str], location: Location) -> str:
+    """The text of the messages up to where the assistant's answer begins in all of the `wholes`, which go on after them."""
+    start = _apply_template(tokenizer, messages, location, add_generation_prompt=True)
+    if all(whole.startswith(start) for whole in wholes):
+        return start
+    # Some templates open an answer otherwise than they write it, with a thinking block for one; then what all share is the prompt.
+    for whole in wholes:
+        start = start[: shared_length(start, whole)]
+    if not start.startswith(_apply_template(tokenizer, messages, location, add_generation_prompt=False)):
+        raise BadRow(location, "the chat template changes the prompt when an answer follows, expected it to stay")
+    return start
+
+
+def _trained_spans(
+    tokenizer: PreTrainedTokenizerBase, prompt: list[Message], completion: list[Message], whole: str, train_on: str, location: Location
+) -> list[Span]:
+    """Where in the whole text the assistant's answers are that are trained, each with its end of turn."""
+    spans = []
+    for i, message in enumerate(completion):
+        is_final = i == len(completion) - 1
+        if message["role"] == "assistant" and (is_final or train_on == "all_assistant"):
+            begin = len(_answers_start(tokenizer, prompt + completion[:i], [whole], location))
+            until = whole if is_final else _apply_template(tokenizer, prompt + completion[: i + 1], location, add_generation_prompt=False)
+            if not whole.startswith(until):
+                raise BadRow(location, "the chat template changes an answer when messages follow, expected it to stay (data.train_on)")
+            spans.append((begin, begin + len(_end_at_eos(tokenizer, until[begin:]))))
+    return spans
 
 
 def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[Message], location: Location, add_generation_prompt: bool) -> str:
@@ -89,8 +122,8 @@ def _end_at_eos(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     return stripped if stripped.endswith(tokenizer.eos_token) else text
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, rows: Iterable[RenderedRow]) -> Iterator[tuple[RenderedRow, list[int], list[list[int]]]]:
-    """Each row with the tokens of its prompt, special tokens in front, and those of its completions, which all end with EOS."""
+def tokenize(tokenizer: PreTrainedTokenizerBase, rows: Iterable[RenderedRow]) -> Iterator[TokenizedRow]:
+    """The tokens of each row, in order."""
     for is_chat, run in groupby(rows, key=lambda row: row.is_chat):
         for chunk in batched(run, ROWS_AT_ONCE):
             texts = [row.prompt + completion for row in chunk for completion in row.completions or ("",)]
@@ -98,23 +131,33 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, rows: Iterable[RenderedRow]) ->
             sides = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
             for row in chunk:
                 if row.completions:
-                    prompt_ids, completion_ids = _split(row.prompt, [next(sides) for _ in row.completions])
-                    yield row, prompt_ids, [_with_eos(ids, tokenizer.eos_token_id) for ids in completion_ids]
+                    yield _split(row, [next(sides) for _ in row.completions], tokenizer.eos_token_id)
                 else:
-                    yield row, _without_added_eos(tokenizer, row.prompt, next(sides)[0]), []
+                    yield TokenizedRow(row, _without_added_eos(tokenizer, row.prompt, next(sides)[0]), [], [])
 
 
-def _split(prompt: str, sides: list[tuple[list[int], list[tuple[int, int]]]]) -> tuple[list[int], list[list[int]]]:
-    """The tokens of the prompt, which all sides begin with and which end within its text, and what is left of each side."""
-    within = min(next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), len(offsets)) for _, offsets in sides)
-    shared = sides[0][0][:within]
+def _split(row: RenderedRow, sides: list[tuple[list[int], list[Span]]], eos_id: int) -> TokenizedRow:
+    """The prompt's tokens are those that all sides begin with and that end within its text; what is left of a side is the completion's."""
+    border = len(row.prompt)
+    within = min(next((i for i, (_, end) in enumerate(offsets) if end > border), len(offsets)) for _, offsets in sides)
+    prompt_ids = sides[0][0][:within]
     for ids, _ in sides[1:]:
-        shared = shared[: shared_length(shared, ids)]
-    return shared, [ids[len(shared) :] for ids, _ in sides]
+        prompt_ids = prompt_ids[: shared_length(prompt_ids, ids)]
+    completions, masks = [], []
+    for (ids, offsets), spans in zip(sides, row.trained, strict=True):
+        completion = ids[len(prompt_ids) :]
+        mask = None if spans is None else _mask(offsets[len(prompt_ids) :], spans, border)
+        if not completion or completion[-1] != eos_id:
+            completion, mask = [*completion, eos_id], mask and [*mask, True]
+        completions.append(completion)
+        masks.append(mask)
+    return TokenizedRow(row, prompt_ids, completions, masks)
 
 
-def _with_eos(ids: list[int], eos_id: int) -> list[int]:
-    return ids if ids and ids[-1] == eos_id else [*ids, eos_id]
+def _mask(offsets: list[Span], spans: list[Span], border: int) -> list[bool]:
+    """Whether each token has a character in a trained span; a span at the border has all that the completion has before it, too."""
+    whole = [(border + begin if begin else 0, border + end) for begin, end in spans]
+    return [any(first < end and last > begin for begin, end in whole) for first, last in offsets]
 
 
 def _without_added_eos(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) -> list[int]:

@@ -1,26 +1,32 @@
-"""Brings every format of a row to one of two shapes: a prompt, or a `PreferenceRow`. What does not fit is a `BadRow`."""
+"""Brings every format of a row to one of three shapes: a prompt, `PreferenceRow`s, or an `UnpairedRow`. What does not fit is a `BadRow`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
-from megapref.data.rows import BadRow, Location, show
+from megapref.data.conversations import Text, completion_text, conversation, get, prompt_text, shared_length, show_keys
+from megapref.data.rows import BadRow, Location, OnBad, raise_bad_row, show
 
-Message = dict[str, str]  # role, content
-Text = str | list[Message]
-ROLES = ("system", "developer", "user", "assistant", "tool")
-HH_ASSISTANT = "\n\nAssistant:"
+HH_HUMAN, HH_ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+LABELS = {True: True, False: False, "true": True, "false": False, "desirable": True, "undesirable": False}
 
 
 class Tie(BadRow):
-    """A ranked row that prefers neither completion."""
+    """Two completions of which a row prefers neither."""
+
+    remedy = "repair the row, or set data.ties=skip"
 
 
 @dataclass(frozen=True)
 class PreferenceRow:
-    """A prompt with its chosen and rejected completion, all strings or all conversations; without `rejected` it is a demonstration."""
+    """A prompt with its chosen and rejected completion, all strings or all conversations; without `rejected` it is a demonstration.
+
+    `extras` has score_first and score_second where the row scores chosen and rejected.
+    """
 
     prompt: Text
     chosen: Text
@@ -29,54 +35,133 @@ class PreferenceRow:
     extras: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class UnpairedRow:
+    """A prompt with one completion that is desirable or not, both strings or both conversations."""
+
+    prompt: Text
+    completion: Text
+    desirable: bool
+    location: Location
+
+
 def prompt_of(row: dict[str, Any], location: Location) -> Text:
-    """The prompt of a prompt-only row: a string or a conversation that awaits an answer. Other columns are left to judges and rewards."""
-    return _prompt(_get(row, "prompt", location), "prompt", location)
+    """The prompt of a prompt-only row, in `prompt` or `messages`: a string or a conversation that awaits an answer.
 
-
-def preference_of(row: dict[str, Any], location: Location) -> PreferenceRow:
-    """The pair of a row in any of the preference formats, or its demonstration if it has `prompt` and `completion`.
-
-    Formats: prompt/chosen/rejected, chosen/rejected that begin alike, context/completions with ranks (lower is better; best against worst),
-    prompt/chosen_response/rejected_response, prompt/completion.
+    Other columns are left to judges and rewards.
     """
-    if "completions" in row:
-        return _ranked(row, location)
-    if "chosen" in row or "rejected" in row:
-        keys = ("chosen", "rejected")
-    elif "chosen_response" in row or "rejected_response" in row:
-        keys = ("chosen_response", "rejected_response")
-    elif "completion" in row:
-        sides = [_get(row, "completion", location)]
-        prompt, (completion,) = _pair_up(_get(row, "prompt", location), sides, "prompt", ("completion",), location)
-        return PreferenceRow(prompt, completion, None, location)
-    else:
-        expected = "prompt with chosen and rejected, context with completions, or prompt with completion"
-        raise BadRow(location, f"has the keys {sorted(row)}, expected {expected}")
-    sides = [_get(row, key, location) for key in keys]
+    key = "messages" if _has(row, "messages") and not _has(row, "prompt") else "prompt"
+    return prompt_text(get(row, key, location), key, location)
+
+
+def unpaired_of(row: dict[str, Any], location: Location) -> UnpairedRow:
+    """The completion of a row with `prompt`, `completion` and `label`: true or false, 1 or 0, desirable or undesirable."""
+    label = get(row, "label", location)
+    label = label.lower() if isinstance(label, str) else label
+    if not isinstance(label, str | int) or label not in LABELS:
+        raise BadRow(location, f"label: expected true or false, 1 or 0, desirable or undesirable, got {show(row['label'])}")
+    prompt, completion = _demonstration(row, location)
+    return UnpairedRow(prompt, completion, LABELS[label], location)
+
+
+def preferences_of(
+    row: dict[str, Any], location: Location, *, pairing: str = "best_worst", on_tie: Callable[[Tie], None] = raise_bad_row
+) -> list[PreferenceRow]:
+    """The pairs of a row in any of the preference formats, or its demonstration; pairs that are tied go to `on_tie`.
+
+    Formats: prompt/chosen/rejected or prompt/chosen_response/rejected_response, conversations that hold the prompt themselves (UltraFeedback,
+    Tulu 3), transcripts (HH), context/response1/response2/overall_preference (HelpSteer3), context/completions with ranks, of which
+    lower is better (`pairing`: best_worst is one pair, all is every two). Demonstrations: prompt/completion, messages.
+    """
+    if _has(row, "completions"):
+        return _ranked(row, location, pairing, on_tie)
+    if _has(row, "response1", "response2"):
+        return _helpsteer(row, location, on_tie)
+    for keys in (("chosen", "rejected"), ("chosen_response", "rejected_response")):
+        if _has(row, *keys):
+            return [_chosen_rejected(row, keys, location)]
+    if _has(row, "label"):
+        raise BadRow(location, "label: expected a pair or a demonstration, got an unpaired row; leave label out to train on its completion")
+    if _has(row, "completion", "messages"):
+        prompt, completion = _demonstration(row, location)
+        return [PreferenceRow(prompt, completion, None, location)]
+    expected = "prompt with chosen and rejected, context with completions or responses, prompt with completion, or messages"
+    raise BadRow(location, f"has the keys {show_keys(row)}, expected {expected}")
+
+
+def _has(row: dict[str, Any], *keys: str) -> bool:
+    return any(row.get(key) is not None for key in keys)
+
+
+def _chosen_rejected(row: dict[str, Any], keys: tuple[str, str], location: Location) -> PreferenceRow:
+    sides = [get(row, key, location) for key in keys]
     if row.get("prompt") is None or (isinstance(row["prompt"], str) and _begin_alike(sides)):
         prompt, sides = _split_prompt(*sides, keys, location)
     else:
         prompt = row["prompt"]
     prompt, (chosen, rejected) = _pair_up(prompt, sides, "prompt", keys, location)
-    return _distinct(PreferenceRow(prompt, chosen, rejected, location), keys)
+    return _distinct(PreferenceRow(prompt, chosen, rejected, location, _scores(row, location)), keys)
 
 
-def _ranked(row: dict[str, Any], location: Location) -> PreferenceRow:
-    completions = _get(row, "completions", location)
+def _scores(row: dict[str, Any], location: Location) -> dict[str, float]:
+    if not _has(row, "score_chosen", "score_rejected"):
+        return {}
+    scores = [get(row, key, location) for key in ("score_chosen", "score_rejected")]
+    for key, score in zip(("score_chosen", "score_rejected"), scores, strict=True):
+        if not isinstance(score, int | float) or isinstance(score, bool) or not math.isfinite(score):
+            raise BadRow(location, f"{key}: expected a finite number, got {show(score)}")
+    return {"score_first": float(scores[0]), "score_second": float(scores[1])}
+
+
+def _helpsteer(row: dict[str, Any], location: Location, on_tie: OnBad) -> list[PreferenceRow]:
+    preference = get(row, "overall_preference", location)
+    if not isinstance(preference, int) or isinstance(preference, bool) or not -3 <= preference <= 3:
+        raise BadRow(location, f"overall_preference: expected an integer from -3 to 3, got {show(preference)}")
+    keys = ("response1", "response2") if preference < 0 else ("response2", "response1")
+    sides = [get(row, key, location) for key in keys]
+    prompt, (chosen, rejected) = _pair_up(get(row, "context", location), sides, "context", keys, location)
+    if preference == 0:
+        on_tie(Tie(location, "overall_preference: is 0, expected a response to be preferred"))
+        return []
+    return [_distinct(PreferenceRow(prompt, chosen, rejected, location), keys)]
+
+
+def _ranked(row: dict[str, Any], location: Location, pairing: str, on_tie: OnBad) -> list[PreferenceRow]:
+    completions = row["completions"]
     if not isinstance(completions, list) or len(completions) < 2 or not all(isinstance(c, dict) for c in completions):
         raise BadRow(location, f"completions: expected a list of two or more objects with rank and completion, got {show(completions)}")
-    ranks = [_get(c, "rank", location, f"completions[{i}].rank") for i, c in enumerate(completions)]
+    ranks = [get(c, "rank", location, f"completions[{i}].rank") for i, c in enumerate(completions)]
     for i, rank in enumerate(ranks):
         if not isinstance(rank, int) or isinstance(rank, bool):
             raise BadRow(location, f"completions[{i}].rank: expected an integer, got {show(rank)}")
-    if min(ranks) == max(ranks):
-        raise Tie(location, f"completions: all have rank {ranks[0]}, expected a better and a worse one")
-    order = (ranks.index(min(ranks)), ranks.index(max(ranks)))
-    keys = tuple(f"completions[{i}].completion" for i in order)
-    sides = [_get(completions[i], "completion", location, key) for i, key in zip(order, keys, strict=True)]
-    prompt, (chosen, rejected) = _pair_up(_get(row, "context", location), sides, "context", keys, location)
-    return _distinct(PreferenceRow(prompt, chosen, rejected, location), keys)
+    best_first = sorted(range(len(ranks)), key=lambda i: ranks[i])
+    if pairing == "all":
+        chosen_rejected = list(combinations(best_first, 2))
+    else:
+        chosen_rejected = [(best_first[0], ranks.index(max(ranks)))]
+    keys = [f"completions[{i}].completion" for i in range(len(completions))]
+    sides = [get(c, "completion", location, key) for c, key in zip(completions, keys, strict=True)]
+    prompt, sides = _pair_up(get(row, "context", location), sides, "context", keys, location)
+    pairs = []
+    for i, j in chosen_rejected:
+        if ranks[i] == ranks[j]:
+            both = "all" if len(set(ranks)) == 1 else f"{i} and {j}"
+            on_tie(Tie(location, f"completions: {both} have rank {ranks[i]}, expected a better and a worse one"))
+        else:
+            pairs.append(_distinct(PreferenceRow(prompt, sides[i], sides[j], location), (keys[i], keys[j])))
+    return pairs
+
+
+def _demonstration(row: dict[str, Any], location: Location) -> tuple[Text, Text]:
+    if _has(row, "completion") or not _has(row, "messages"):
+        sides = [get(row, "completion", location)]
+        prompt, (completion,) = _pair_up(get(row, "prompt", location), sides, "prompt", ("completion",), location)
+        return prompt, completion
+    messages = conversation(row["messages"], "messages", location)
+    cut = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), 0)
+    if cut == 0:
+        raise BadRow(location, f"messages: expected a prompt and then an answer, got the roles {[m['role'] for m in messages][:4]}")
+    return messages[:cut], completion_text(messages[cut:], "messages", location)
 
 
 def _distinct(row: PreferenceRow, keys: Sequence[str]) -> PreferenceRow:
@@ -96,8 +181,11 @@ def _split_prompt(chosen: Any, rejected: Any, keys: Sequence[str], location: Loc
         cut = chosen.rfind(HH_ASSISTANT, 0, shared_length(chosen, rejected)) + len(HH_ASSISTANT)
         if cut < len(HH_ASSISTANT):
             raise BadRow(location, f"prompt: expected the key, or {keys[0]} and {keys[1]} to share a beginning up to {HH_ASSISTANT!r}")
+        for key, side in zip(keys, (chosen, rejected), strict=True):
+            if HH_HUMAN in side[cut:]:
+                raise BadRow(location, f"{key}: expected the transcripts to differ in the last answer only, got a later {HH_HUMAN!r}")
     else:
-        both = [_messages(side, key, location) for side, key in zip((chosen, rejected), keys, strict=True)]
+        both = [conversation(side, key, location) for side, key in zip((chosen, rejected), keys, strict=True)]
         cut = shared_length(*both)
         if both[0] == both[1]:
             raise BadRow(location, f"{keys[0]} and {keys[1]} are identical, expected two different completions")
@@ -111,60 +199,5 @@ def _pair_up(prompt: Any, sides: Sequence[Any], prompt_key: str, keys: Sequence[
     if any(isinstance(text, list) for text in (prompt, *sides)):
         prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt else prompt
         sides = [[{"role": "assistant", "content": side}] if isinstance(side, str) else side for side in sides]
-    completions = [_completion(side, key, location) for side, key in zip(sides, keys, strict=True)]
-    return _prompt(prompt, prompt_key, location), completions
-
-
-def _prompt(value: Any, key: str, location: Location) -> Text:
-    if isinstance(value, str):
-        if not value:
-            raise BadRow(location, f"{key}: expected text, got an empty string")
-        return value
-    messages = _messages(value, key, location)
-    if messages[-1]["role"] == "assistant":
-        raise BadRow(location, f"{key}: expected the last message to be the user's, got one of role assistant")
-    return messages
-
-
-def _completion(value: Any, key: str, location: Location) -> Text:
-    if isinstance(value, str):
-        if not value:
-            raise BadRow(location, f"{key}: expected text, got an empty string")
-        return value
-    messages = _messages(value, key, location)
-    if messages[0]["role"] != "assistant" or messages[-1]["role"] != "assistant":
-        roles = [message["role"] for message in messages]
-        raise BadRow(location, f"{key}: expected the first and last message to be of role assistant, got {roles}")
-    if not messages[-1]["content"]:
-        raise BadRow(location, f"{key}: expected the assistant's message to have content, got an empty string")
-    return messages
-
-
-def _messages(value: Any, key: str, location: Location) -> list[Message]:
-    if not isinstance(value, list) or not value:
-        expected = "a list of messages" if isinstance(value, str) else "a string or a list of messages"
-        raise BadRow(location, f"{key}: expected {expected}, got {show(value)}")
-    messages: list[Message] = []
-    for i, message in enumerate(value):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-            raise BadRow(location, f"{key}[{i}]: expected a message with role and content, both strings, got {show(message)}")
-        role = message["role"]
-        if role not in ROLES:
-            raise BadRow(location, f"{key}[{i}].role: expected one of {', '.join(ROLES)}, got {role!r}")
-        if role == "system" and i > 0:
-            raise BadRow(location, f"{key}[{i}].role: expected system only as the first message")
-        if messages and role == messages[-1]["role"] and role in ("user", "assistant"):
-            raise BadRow(location, f"{key}[{i}].role: expected user and assistant to take turns, got {role} twice")
-        messages.append({"role": role, "content": message["content"]})
-    return messages
-
-
-def _get(row: dict[str, Any], key: str, location: Location, name: str | None = None) -> Any:
-    if row.get(key) is None:
-        raise BadRow(location, f"{name or key}: expected the key, the row has {sorted(map(str, row))}")
-    return row[key]
-
-
-def shared_length(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """How many items two sequences have in common at their beginning."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    completions = [completion_text(side, key, location) for side, key in zip(sides, keys, strict=True)]
+    return prompt_text(prompt, prompt_key, location), completions

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -28,54 +28,31 @@ class Location:
 class BadRow(ValueError):
     """A row that cannot be used; the message names file, row, key and what was expected."""
 
+    remedy = "repair the row, or set data.on_bad_row=skip"
+
     def __init__(self, location: Location, reason: str):
-        super().__init__(f"{location}: {reason}; repair the row, or set data.on_bad_row=skip")
-
-
-class SourceLike(Protocol):
-    path: str
-    split: str
-    take: int | None
+        super().__init__(f"{location}: {reason}; {self.remedy}")
 
 
 OnBad = Callable[[BadRow], None]
 
 
-def bad_row_handler(action: str, skipped: list[BadRow]) -> OnBad:
-    """What `data.on_bad_row` asks for: a function that raises the bad row (error) or appends it to `skipped` (skip)."""
+def bad_row_handler(action: str, dropped: list[BadRow], key: str = "data.on_bad_row") -> OnBad:
+    """What an option such as `data.on_bad_row` asks for: a function that raises the bad row (error) or appends it to `dropped` (skip)."""
     if action == "skip":
-        return skipped.append
+        return dropped.append
     if action != "error":
-        raise ValueError(f"data.on_bad_row={action!r} is not known; use error or skip")
-    return _raise
+        raise ValueError(f"{key}={action!r} is not known; use error or skip")
+    return raise_bad_row
 
 
-def _raise(error: BadRow) -> None:
+def raise_bad_row(error: BadRow) -> None:
+    """Raises it."""
     raise error
 
 
-def read_sources(sources: Sequence[SourceLike], normalise: Callable[[dict[str, Any], Location], Any], on_bad: OnBad) -> Iterator[Any]:
-    """`normalise(row, location)` of every row of every source in order; bad rows go to `on_bad`."""
-    for source in sources:
-        for row, location in read_rows(source.path, source.split, source.take, on_bad):
-            try:
-                result = normalise(row, location)
-            except BadRow as error:
-                on_bad(error)
-            else:
-                yield result
-
-
-def check_any(usable: Sequence[Any], sources: Sequence[SourceLike], skipped: Sequence[BadRow]) -> None:
-    """ValueError where no row of the sources is left, with the first reason."""
-    if not usable:
-        names = ", ".join(source.path for source in sources) or "no source is given"
-        reason = f"; the first of {len(skipped)} skipped rows: {skipped[0]}" if skipped else ""
-        raise ValueError(f"data: no usable row in {names}{reason}")
-
-
 def read_rows(
-    path: str, split: str = "train", take: int | None = None, on_bad: OnBad = _raise
+    path: str, split: str = "train", take: int | None = None, on_bad: OnBad = raise_bad_row
 ) -> Iterator[tuple[dict[str, Any], Location]]:
     """The first `take` rows of a JSONL, JSON, CSV, Parquet or Arrow file, a saved data set's folder, or a hub name, each with its location.
 
@@ -104,7 +81,14 @@ def _open(path: str, split: str) -> Iterator[tuple[int, Any]]:
         return known[kind](file)
     if kind in known or (path.startswith(("/", "./", "../", "~")) and not file.is_dir()):
         raise ValueError(f"data source {path}: there is no such file (looked from {Path.cwd()}); correct the path")
+    if file.is_dir() and not is_saved_data_set(file):
+        raise ValueError(f"data source {path}: is a folder, and no data set that was saved with save_to_disk; name the file in it")
     return _hub(path, split)
+
+
+def is_saved_data_set(folder: Path) -> bool:
+    """Whether `datasets` has saved one or several splits in the folder."""
+    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
 def _jsonl(file: Path) -> Iterator[tuple[int, Any]]:
@@ -121,6 +105,8 @@ def _parse_line(line: bytes) -> Any:
         return _Broken(f"expected UTF-8, got byte 0x{line[error.start]:02x} at byte {error.start + 1} of the line")
     except json.JSONDecodeError as error:
         return _Broken(f"expected a JSON object on one line, got invalid JSON ({error.msg} at column {error.colno})")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of open brackets
+        return _Broken(f"expected a JSON object on one line, got JSON that cannot be read ({error})")
 
 
 def _json(file: Path) -> Iterator[tuple[int, Any]]:
@@ -131,7 +117,7 @@ def _json(file: Path) -> Iterator[tuple[int, Any]]:
         return
     try:
         rows = json.loads(file.read_text("utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"data source {file}: expected a JSON list of objects in UTF-8 ({error}); repair the file") from error
     yield from enumerate(rows, 1)
 
@@ -140,7 +126,11 @@ def _csv(file: Path) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(2**31 - 1)
     with file.open(encoding="utf-8-sig", newline="") as lines:
         try:
-            for number, row in enumerate(csv.DictReader(lines, strict=True), 1):
+            reader = csv.DictReader(lines, strict=True)
+            names = reader.fieldnames or []
+            if len(set(names)) < len(names):
+                raise csv.Error(f"the header {show(names)} has a name twice")
+            for number, row in enumerate(reader, 1):
                 fits = None not in row and None not in row.values()
                 yield number, row if fits else _Broken("expected as many fields as the header has")
         except (csv.Error, UnicodeDecodeError) as error:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from megatron.core import parallel_state
 from megatron.core.inference.config import InferenceConfig, KVCacheManagementMode
 from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
 from megatron.core.inference.engines.dynamic_engine import DynamicInferenceEngine
@@ -94,6 +95,8 @@ class Engine:
                         completions[record.request_id] = list(record.merge().generated_tokens)
             finally:
                 engine.suspend()  # frees the cache and leaves inference mode
+                # Sequence parallelism's shared buffers: made in inference mode they would be refused in training.
+                parallel_state.get_global_memory_buffer().buffer.clear()
         self.model.train(was_training)
         assert all(ids is not None for ids in completions)
         return completions

@@ -1,0 +1,258 @@
+"""Runs that are killed, spoilt, resumed and finished again: bit for bit the run that was left alone, and nothing lost on the way."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from distributed_run import run_distributed
+from tiny_runs import make_inputs, metrics_of, options, run_training, write_rows
+
+WORLDS = {"one process": (1, {}), "dp2": (2, {})}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def whole_run(inputs, tmp_path_factory):
+    """`whole_run(pairs, world)`: the directory of a run of five steps that nothing disturbed, with checkpoints of steps 2, 4 and 5."""
+    made = {}
+
+    def run(pairs: str, world: str) -> Path:
+        if (pairs, world) not in made:
+            folder = tmp_path_factory.mktemp("whole") / "run"
+            size, parallel = WORLDS[world]
+            tree = options(inputs, folder, pairs, parallel=parallel, train={"steps": 5}, save={"every": 2, "keep": 3, "export": True})
+            assert run_distributed(run_training, size, tree) == [""] * size
+            made[pairs, world] = folder
+        return made[pairs, world]
+
+    return run
+
+
+def resume(inputs, run_dir: Path, pairs: str, world: str = "one process", path: Path | str = "auto", **groups) -> list[str]:
+    size, parallel = WORLDS[world]
+    groups = {"parallel": parallel, "train": {"steps": 5}, "save": {"every": 2, "keep": 3, "export": True}, **groups}
+    groups["run"] = {"resume": str(path), **groups.get("run", {})}
+    return run_distributed(run_training, size, options(inputs, run_dir, pairs, **groups))
+
+
+def numbers(run_dir: Path) -> list[dict]:
+    """What every step measured, less its times and what is told once at a start."""
+    once = ("time/", "perf/", "data/")
+    return [{key: value for key, value in record.items() if not key.startswith(once)} for record in metrics_of(run_dir)]
+
+
+def same_as(run_dir: Path, whole: Path) -> None:
+    assert numbers(run_dir) == numbers(whole)
+    weights = [(folder / "hf" / "model.safetensors").read_bytes() for folder in (run_dir, whole)]
+    assert weights[0] == weights[1]
+
+
+def at_step(whole: Path, copy: Path, step: int) -> Path:
+    """A copy of a run as a kill right after the save of `step` leaves it."""
+    shutil.copytree(whole, copy, ignore=shutil.ignore_patterns("hf"))
+    for path in (copy / "checkpoints").iterdir():
+        if int(path.name.removeprefix("step_")) > step:
+            shutil.rmtree(path)
+    return copy
+
+
+def train_until_killed(tree: dict, step: int, where: str) -> None:
+    """Trains; the process kills itself in the given step, before the save or in its middle."""
+    from megapref.mcore import checkpoint, setup
+
+    def die(*args):
+        if setup.is_first_rank():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    save, finish = checkpoint.save_checkpoint, checkpoint._finish
+
+    def save_or_die(state, *args):
+        checkpoint._finish = die if (state.step, where) == (step, "during") else finish
+        return die() if (state.step, where) == (step, "before") else save(state, *args)
+
+    checkpoint.save_checkpoint = save_or_die
+    run_training(tree)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("pairs", ["offline", "online"])
+def test_resumed_run_equals_the_undisturbed_one(inputs, whole_run, tmp_path, pairs, world):
+    whole = whole_run(pairs, world)
+    run_dir = at_step(whole, tmp_path / "run", 2)
+    assert set(resume(inputs, run_dir, pairs, world)) == {""}
+    same_as(run_dir, whole)
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step_000002", "step_000004", "step_000005"]
+
+
+@pytest.mark.parametrize("where", ["before", "during"])
+def test_kill_at_a_save(inputs, whole_run, tmp_path, where):
+    whole, run_dir = whole_run("offline", "dp2"), tmp_path / "run"
+    tree = options(inputs, run_dir, "offline", train={"steps": 5}, save={"every": 2, "keep": 3, "export": True})
+    with pytest.raises(RuntimeError):
+        run_distributed(train_until_killed, 2, tree, 4, where)
+    left = {path.name for path in (run_dir / "checkpoints").iterdir()}
+    assert left == ({"step_000002", ".writing_step_000004"} if where == "during" else {"step_000002"})
+    assert set(resume(inputs, run_dir, "offline", "dp2")) == {""}
+    same_as(run_dir, whole)
+    assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"step_000002", "step_000004", "step_000005"}
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "missing", "manifest"])
+def test_damaged_checkpoint_is_passed_over(inputs, whole_run, tmp_path, capfd, damage):
+    whole = whole_run("offline", "one process")
+    run_dir = at_step(whole, tmp_path / "run", 4)
+    newest = run_dir / "checkpoints" / "step_000004"
+    file = max(newest.iterdir(), key=lambda path: path.stat().st_size) if damage != "manifest" else newest / "manifest.json"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(content[: len(content) // 2] if damage == "cut" else content)
+    assert resume(inputs, run_dir, "offline") == [""]
+    assert f"{newest}: " in capfd.readouterr().err
+    same_as(run_dir, whole)
+    # Its bytes stay, out of the way of the checkpoints that are kept.
+    assert {path.name for path in (run_dir / "checkpoints").glob("*000004")} == {"step_000004", "unused_step_000004"}
+
+
+def test_no_usable_checkpoint_is_an_error_and_nothing_is_changed(inputs, whole_run, tmp_path):
+    run_dir = at_step(whole_run("offline", "one process"), tmp_path / "run", 2)
+    (run_dir / "checkpoints" / "step_000002" / "manifest.json").unlink()
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    (message,) = resume(inputs, run_dir, "offline")
+    assert "none of the 1 checkpoints is usable" in message and str(run_dir) in message
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
+
+
+def test_resume_of_a_finished_run_only_exports_again(inputs, whole_run, tmp_path):
+    whole = whole_run("online", "one process")
+    run_dir = Path(shutil.copytree(whole, tmp_path / "run"))
+    (run_dir / "hf" / "config.json").unlink()  # as a user's own mistake would leave it
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    assert resume(inputs, run_dir, "online") == [""]
+    after = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    added = {path.relative_to(run_dir).as_posix() for path in after.keys() - before.keys()}
+    assert added - {"config.resume-1.yaml"} == {"environment.resume-1.json", "hf/config.json"}
+    assert {path for path in before if after[path] != before[path]} == set()
+
+
+def test_auto_without_a_checkpoint_starts_a_run(inputs, whole_run, tmp_path):
+    assert resume(inputs, tmp_path / "run", "offline") == [""]
+    same_as(tmp_path / "run", whole_run("offline", "one process"))
+
+
+def test_going_back_to_an_older_checkpoint(inputs, whole_run, tmp_path):
+    whole = whole_run("offline", "one process")
+    run_dir = Path(shutil.copytree(whole, tmp_path / "run"))
+    assert resume(inputs, run_dir, "offline", path=run_dir / "checkpoints" / "step_000002", save={"every": 2, "keep": 1, "export": True}) == [""]
+    same_as(run_dir, whole)
+    names = {path.name for path in (run_dir / "checkpoints").iterdir()}
+    assert names == {"step_000005", "unused_step_000004", "unused_step_000005"}  # one kept of this run, those of the earlier one set aside
+
+
+def test_checkpoint_of_another_run(inputs, whole_run, tmp_path):
+    """A new directory goes on from it; one that holds a run is left alone."""
+    whole = whole_run("offline", "one process")
+    assert resume(inputs, tmp_path / "new", "offline", path=whole / "checkpoints" / "step_000002") == [""]
+    assert numbers(tmp_path / "new") == numbers(whole)[3:]
+    other = Path(shutil.copytree(whole, tmp_path / "other", ignore=shutil.ignore_patterns("hf")))
+    (message,) = resume(inputs, other, "offline", path=whole / "checkpoints" / "step_000002")
+    assert "already holds a run" in message
+    assert numbers(other) == numbers(whole)
+
+
+@pytest.mark.parametrize(
+    ("groups", "said"),
+    [
+        ({"run": {"seed": 4}}, ["run.seed", "4", "3"]),
+        ({"train": {"steps": 5, "global_batch_size": 4}}, ["train.global_batch_size", "4", "5"]),
+        ({"train": {"steps": 1}}, ["train.steps=1", "2"]),
+        ({"data": "other rows"}, ["data.train"]),
+        ({"model": "other weights"}, ["model.path"]),
+    ],
+    ids=str,
+)
+def test_resume_as_another_run_is_refused(inputs, whole_run, tmp_path, groups, said):
+    run_dir = at_step(whole_run("offline", "one process"), tmp_path / "run", 2)
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    if "data" in groups:
+        rows = [json.loads(line) for line in Path(inputs["pairs"]).read_text().splitlines()]
+        groups = {"data": {"train": [{"path": write_rows(tmp_path / "rows.jsonl", [*rows[1:], rows[0]])}]}}
+    if "model" in groups:
+        (tmp_path / "other").mkdir()
+        groups = {"model": {"path": make_inputs(tmp_path / "other", seed=1)["model"]}}
+    (message,) = resume(inputs, run_dir, "offline", **groups)
+    assert message.startswith("cannot resume from") and all(part in message for part in said)
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
+
+
+def test_options_of_the_optimizer_are_those_of_the_resumed_config(inputs, whole_run, tmp_path):
+    changed = {"lr": 1e-3, "weight_decay": 0.5, "betas": [0.5, 0.9], "eps": 1e-2, "schedule": "constant", "warmup_steps": 0}
+    run_dir = at_step(whole_run("offline", "one process"), tmp_path / "run", 2)
+    assert resume(inputs, run_dir, "offline", optimizer=changed) == [""]
+    assert [record["lr"] for record in numbers(run_dir)[3:]] == [1e-3] * 3
+    (options_used,) = run_distributed(optimizer_options, 1, options(inputs, run_dir, "offline", optimizer=changed), run_dir / "checkpoints" / "step_000005")
+    assert options_used == {"weight_decay": {0.0, 0.5}, "betas": {(0.5, 0.9)}, "eps": {1e-2}}
+
+
+def optimizer_options(tree: dict, path: Path) -> dict:
+    from megapref.config import Config
+    from megapref.mcore import setup
+    from megapref.schema import build
+    from megapref.train import build as build_run
+
+    cfg = build(Config, {**tree, "train": {"steps": 5, "global_batch_size": 5}}, [])
+    setup.start(cfg.parallel, 0)
+    groups = build_run(cfg, path).state.optimizer.param_groups
+    return {name: {tuple(g[name]) if name == "betas" else g[name] for g in groups} for name in ("weight_decay", "betas", "eps")}
+
+
+@pytest.mark.parametrize(("world", "parallel"), [(2, {"tensor": 2}), (2, {"pipeline": 2}), (1, {})], ids=str)
+def test_resume_at_another_layout(inputs, whole_run, tmp_path, world, parallel):
+    whole = whole_run("online", "dp2")
+    run_dir = at_step(whole, tmp_path / "run", 2)
+    tree = options(inputs, run_dir, "online", parallel=parallel, train={"steps": 5}, run={"resume": "auto"})
+    assert set(run_distributed(run_training, world, tree)) == {""}
+    for record, expected in zip(numbers(run_dir), numbers(whole), strict=True):
+        for name in expected.keys() & {"loss", "grad_norm", "eval/reward"}:
+            assert record[name] == pytest.approx(expected[name], rel=1e-5), (record["step"], name)
+
+
+def test_disk_that_is_full_on_one_rank(inputs, whole_run, tmp_path):
+    """All ranks say so and end, and the earlier checkpoint still serves."""
+    whole, run_dir = whole_run("offline", "dp2"), tmp_path / "run"
+    tree = options(inputs, run_dir, "offline", train={"steps": 5}, save={"every": 2, "keep": 3, "export": True})
+    messages = run_distributed(train_on_a_full_disk, 2, tree, 1)
+    assert messages[0] == messages[1] and "cannot write the checkpoint" in messages[0] and "step_000004" in messages[0]
+    assert set(resume(inputs, run_dir, "offline", "dp2")) == {""}
+    same_as(run_dir, whole)
+
+
+def train_on_a_full_disk(tree: dict, full_rank: int) -> str:
+    """Trains; from the second checkpoint on the given rank cannot write files of more than 10,000 bytes."""
+    import resource
+
+    from megapref.mcore import checkpoint
+
+    save = checkpoint.save_checkpoint
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save_on_full_disk(state, *args):
+        if state.step == 4 and int(os.environ["RANK"]) == full_rank:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        return save(state, *args)
+
+    checkpoint.save_checkpoint = save_on_full_disk
+    try:
+        return run_training(tree)
+    finally:
+        checkpoint.save_checkpoint = save
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

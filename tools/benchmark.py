@@ -1,0 +1,343 @@
+"""Measures what a training step and generation cost, phase by phase, on one process: a table on the console and JSON in --out.
+
+    python tools/benchmark.py                                   # a random 6-layer model, synthetic pairs, one thread
+    python tools/benchmark.py --shape 4x128 --batch 32 --threads 2
+    python tools/benchmark.py --suite train --model Qwen/Qwen2.5-0.5B --data pairs.jsonl --batch 4
+
+`train` runs whole optimizer steps (packing, reference scoring, training) with megapref's own functions, in turns with a bare step on transformers'
+weights (tools/benchmark_floor.py) on the same pairs; the ratio is the median over steps of CPU seconds, ours per theirs. `generate` samples
+completions of a fixed length. Tokens are real ones: a pair's prompt counts once, padding never. On a machine that others use compare CPU seconds,
+of runs or steps made in turns; the times a GPU takes are in the seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from statistics import median
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from benchmark_floor import FAMILIES, bare_dpo_step
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from megapref import config, losses
+from megapref.batch import ModelSpec, TokenPair
+from megapref.convert.families import read_spec
+from megapref.convert.hf import find_model, load_hf
+from megapref.data.chat import load_tokenizer
+from megapref.data.offline import load_pairs
+from megapref.data.packing import pack, packing_stats
+from megapref.inference.sampling import Sampling, keys, sample, uniforms
+from megapref.mcore import device, reference, setup, step
+from megapref.mcore.generation import Engine
+from megapref.mcore.model import build_model
+from megapref.mcore.optimizer import build_optimizer, wrap_for_training
+from megapref.runlog import environment_report
+
+BETA, LR, CLIP_GRAD = 0.1, 1e-5, 1.0
+TRAIN_PHASES = ("packing", "reference scoring", "forward", "head", "backward", "optimizer")
+NO_TOKEN = -1  # as the stop token: completions all have the same length
+
+
+class Clock:
+    """Seconds and CPU seconds by phase; what runs inside a phase belongs to that phase alone."""
+
+    def __init__(self):
+        self.spent: dict[str, np.ndarray] = {}
+        self._busy = False
+
+    def timed(self, phase: str, function: Callable) -> Callable:
+        """`function`, whose calls are counted towards `phase`."""
+
+        def run(*args, **kwargs):
+            if self._busy:
+                return function(*args, **kwargs)
+            self._busy, started = True, now()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.spent[phase] = self.spent.get(phase, 0) + (now() - started)
+                self._busy = False
+
+        return run
+
+
+def now() -> np.ndarray:
+    """(seconds, CPU seconds of all threads), once the accelerator, if any, has done what it was given."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    setup.start(config.Parallel(), options.seed)
+    try:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = find_model(options.model) if options.model else make_model(Path(temporary), *options.shape)
+            report = measure(options, folder)
+    finally:
+        setup.stop()
+    show(report)
+    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"everything measured: {options.out}")
+    return 0
+
+
+def measure(options: argparse.Namespace, folder: Path) -> dict:
+    """What was run, where, and the results of the suites."""
+    spec = read_spec(folder)
+    pairs = read_pairs(options, folder, spec)
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    report = {"environment": environment_report(), "hardware": hardware(), "settings": settings, "model": describe(spec), "data": lengths(pairs)}
+
+    def load() -> list[torch.nn.Module]:
+        chunks = build_model(spec, config.Parallel(), torch.float32)
+        load_hf(chunks, spec, folder)
+        return chunks
+
+    if options.suite in ("train", "all"):
+        report["train"] = measure_training(options, folder, spec, load, pairs)
+    if options.suite in ("generate", "all"):
+        report["generate"] = measure_generation(options, spec, load, pairs)
+    return report
+
+
+def measure_training(options: argparse.Namespace, folder: Path, spec: ModelSpec, load: Callable, pairs: list[TokenPair]) -> dict:
+    """Whole steps of ours and of the floor in turns, on the same batches."""
+    clock = Clock()
+    steps = {"megapref": own_step(load, options.max_tokens, clock)}
+    batches = [[pairs[(i * options.batch + j) % len(pairs)] for j in range(options.batch)] for i in range(options.warmup + options.steps)]
+    steps["megapref"](batches[0])
+    peak = device.peak_memory_bytes()  # before the floor's two models are there
+    if spec.family in FAMILIES:
+        steps["floor"] = bare_dpo_step(folder, lr=LR, beta=BETA, clip_grad=CLIP_GRAD)
+        steps["floor"](batches[0])
+    costs: dict[str, list[np.ndarray]] = {name: [] for name in steps}
+    outcomes: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+    for i, batch in enumerate(batches):
+        if i == options.warmup:
+            clock.spent.clear()
+        for name in sorted(steps, reverse=bool(i % 2)):
+            started = now()
+            outcomes[name].append(steps[name](batch))
+            if i >= options.warmup:
+                costs[name].append(now() - started)
+    packing = [packing_stats(pack(batch, max_tokens=options.max_tokens)) for batch in batches[options.warmup :]]
+    num_pairs, num_tokens = options.batch * options.steps, sum(stats["pack/tokens"] for stats in packing)
+    result = {name: rates(sum(spent), num_pairs, num_tokens) for name, spent in costs.items()}
+    whole = sum(costs["megapref"])
+    phases = {phase: clock.spent[phase] for phase in TRAIN_PHASES}
+    phases["rest"] = whole - sum(phases.values())
+    shares = {name: rates(spent, num_pairs, num_tokens) | {"share": spent[1] / whole[1]} for name, spent in phases.items()}
+    result["megapref"] |= {"peak_memory_bytes": peak, "phases": shares}
+    result["packing_efficiency"] = num_tokens / sum(stats["pack/tokens"] / stats["pack/efficiency"] for stats in packing)
+    result["loss_and_grad_norm"] = outcomes
+    if "floor" in steps:
+        for mine, theirs in zip(*outcomes.values(), strict=True):
+            assert np.allclose(mine, theirs, rtol=1e-3), f"megapref (loss, norm) = {mine}, floor {theirs}: they do not do the same work"
+        paired = [mine[1] / theirs[1] for mine, theirs in zip(costs["megapref"], costs["floor"], strict=True)]
+        result["ratio"] = {"median": median(paired), "least": min(paired), "most": max(paired), "of_sums": whole[1] / sum(costs["floor"])[1]}
+    return result
+
+
+def own_step(load: Callable, max_tokens: int, clock: Clock) -> Callable[[list[TokenPair]], tuple[float, float]]:
+    """A function that makes one whole optimizer step of megapref on the pairs, on the clock, and returns loss and gradient norm."""
+    policy, frozen = wrap_for_training(load()), reference.freeze(load())
+    state = step.TrainState(policy, build_optimizer(policy, config.Optimizer(lr=LR, clip_grad=CLIP_GRAD), config.Precision()))
+    loss = partial(losses.dpo, beta=BETA)
+    pack_on_clock = clock.timed("packing", pack)
+    score_on_clock = clock.timed("reference scoring", reference.fill_reference)
+    probes = (
+        ("forward", step, "forward_pack"),
+        ("head", step, "completion_logps"),
+        ("backward", torch.autograd, "backward"),
+        ("optimizer", state.optimizer, "prepare_grads"),
+        ("optimizer", state.optimizer, "get_grad_norm"),
+        ("optimizer", step, "apply_gradients"),
+    )
+
+    def run(pairs: list[TokenPair]) -> tuple[float, float]:
+        with ExitStack() as stack:
+            for phase, owner, name in probes:
+                stack.enter_context(patch.object(owner, name, clock.timed(phase, getattr(owner, name))))
+            (packs,) = pack_on_clock(pairs, max_tokens=max_tokens)
+            metrics = step.train_step(state, score_on_clock(frozen, packs), loss, LR)
+        return metrics["loss"], metrics["grad_norm"]
+
+    return run
+
+
+def measure_generation(options: argparse.Namespace, spec: ModelSpec, load: Callable, pairs: list[TokenPair]) -> dict:
+    """Rounds of sampling at temperature 1, one completion for each of the first prompts; the first round, which starts the engine, is left out."""
+    prompts = [list(pair.prompt_ids) for pair in pairs[: options.prompts]]
+    generation = config.Generation(max_new_tokens=options.new_tokens)
+    engine = Engine(load()[0], generation, max(map(len, prompts)) + options.new_tokens)
+
+    def round_of(number: int) -> np.ndarray:
+        noise = keys(options.seed, number, np.arange(len(prompts)))
+        draw = lambda logits, requests, positions: sample(logits, uniforms(noise[requests], positions), Sampling())  # noqa: E731
+        started = now()
+        completions = engine.generate(prompts, draw, options.new_tokens, NO_TOKEN)
+        assert {len(ids) for ids in completions} == {options.new_tokens}
+        return now() - started
+
+    round_of(0)
+    spent = [round_of(1 + i) for i in range(options.rounds)]
+    num_new = len(prompts) * options.new_tokens * options.rounds
+    return {
+        "prompts": len(prompts),
+        "rounds": options.rounds,
+        **rates(sum(spent), len(prompts) * options.rounds, num_new),
+        "cpu_seconds_of_rounds": [cpu for _, cpu in spent],
+        "peak_memory_bytes": device.peak_memory_bytes(),
+    }
+
+
+def rates(spent: np.ndarray, num_items: int, num_tokens: float) -> dict[str, float]:
+    """Items (pairs, completions) and tokens per second and per CPU second."""
+    seconds, cpu_seconds = map(float, spent)
+    per = lambda number, time: number / time if time > 0 else math.inf  # noqa: E731
+    return {
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "items_per_s": per(num_items, seconds),
+        "tokens_per_s": per(num_tokens, seconds),
+        "items_per_cpu_s": per(num_items, cpu_seconds),
+        "tokens_per_cpu_s": per(num_tokens, cpu_seconds),
+    }
+
+
+def make_model(folder: Path, num_layers: int, hidden: int) -> Path:
+    """A random Qwen2 with heads of width 32, half as many KV heads, an MLP three times as wide as the model, and 8,192 words."""
+    heads = hidden // 32
+    shape = dict(num_hidden_layers=num_layers, hidden_size=hidden, intermediate_size=3 * hidden, num_attention_heads=heads)
+    options = dict(vocab_size=8192, num_key_value_heads=max(heads // 2, 1), max_position_embeddings=2048, tie_word_embeddings=False)
+    Qwen2ForCausalLM(Qwen2Config(**shape, **options)).float().save_pretrained(folder)
+    return folder
+
+
+def read_pairs(options: argparse.Namespace, folder: Path, spec: ModelSpec) -> list[TokenPair]:
+    """The pairs of --data, or synthetic ones, as many as the suites need."""
+    if options.data:
+        return load_pairs([config.Source(options.data)], load_tokenizer(str(folder)), pack_tokens=options.max_tokens)[0]
+    number = max((options.warmup + options.steps) * options.batch, options.prompts)
+    return synthetic_pairs(number, spec.vocab_size, options.seed)
+
+
+def synthetic_pairs(number: int, vocab_size: int, seed: int) -> list[TokenPair]:
+    """Random tokens with lengths as skewed as those of chat data: log-normal, the two completions' correlated; 340 tokens a pair on average."""
+    generator = np.random.default_rng(seed)
+
+    def length(median_tokens: float, sigma: float, least: int, most: int) -> int:
+        return int(np.clip(round(median_tokens * np.exp(sigma * generator.standard_normal())), least, most))
+
+    pairs = []
+    for _ in range(number):
+        prompt, base = length(85, 0.65, 12, 400), np.exp(0.35 * generator.standard_normal())
+        sizes = prompt, length(base * 100, 0.55, 20, 300), length(base * 85, 0.60, 20, 300)
+        pairs.append(TokenPair(*(generator.integers(3, vocab_size, size).tolist() for size in sizes)))
+    return pairs
+
+
+def hardware() -> dict:
+    """The processor as the system names it, its cores, and the accelerator's type if there is one."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
+    return {"cpu": names[0] if names else platform.processor(), "cores": os.cpu_count(), "device": str(device.current())}
+
+
+def describe(spec: ModelSpec) -> dict:
+    sizes = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size")
+    return {"family": spec.family, "vocab_size": spec.vocab_size} | {name: spec.transformer[name] for name in sizes}
+
+
+def lengths(pairs: list[TokenPair]) -> dict:
+    """Number of pairs and mean tokens of their parts."""
+    parts = {"prompt": "prompt_ids", "chosen": "first_ids", "rejected": "second_ids"}
+    means = {f"mean_{name}_tokens": float(np.mean([len(getattr(pair, field)) for pair in pairs])) for name, field in parts.items()}
+    return {"pairs": len(pairs), **means}
+
+
+def show(report: dict) -> None:
+    """Prints the report as tables."""
+    console = Console()
+    model, hardware = report["model"], report["hardware"]
+    size = f"{model['num_layers']} layers, hidden {model['hidden_size']}, {model['vocab_size']} words"
+    console.print(f"{model['family']}, {size}; {hardware['cpu']}, {report['settings']['threads']} thread(s), device {hardware['device']}")
+    if train := report.get("train"):
+        rows = {**train["megapref"]["phases"], "whole step": train["megapref"], **({"bare step": train["floor"]} if "floor" in train else {})}
+        console.print(table_of("training", "pairs", rows))
+        console.print(f"packing efficiency {train['packing_efficiency']:.3f}, peak memory {train['megapref']['peak_memory_bytes'] / 2**20:,.0f} MiB")
+        if ratio := train.get("ratio"):
+            spread = f"{ratio['least']:.3f} to {ratio['most']:.3f}"
+            console.print(f"CPU seconds per step against the bare step: {ratio['median']:.3f} (median of {report['settings']['steps']}; {spread})")
+    if generate := report.get("generate"):
+        console.print(table_of("generation", "completions", {"sampling": generate}))
+        console.print(f"peak memory of the process so far {generate['peak_memory_bytes'] / 2**20:,.0f} MiB")
+
+
+def table_of(title: str, items: str, rows: dict[str, dict]) -> Table:
+    table = Table(title=title, box=box.SIMPLE)
+    table.add_column("phase")
+    for heading in ("CPU s", "share", f"{items}/s", "tokens/s", f"{items}/CPU s", "tokens/CPU s"):
+        table.add_column(heading, justify="right")
+    for name, row in rows.items():
+        share = f"{row['share']:.1%}" if "share" in row else ""
+        columns = [f"{row[key]:,.2f}" for key in ("items_per_s", "tokens_per_s", "items_per_cpu_s", "tokens_per_cpu_s")]
+        table.add_row(name, f"{row['cpu_seconds']:.3f}", share, *columns)
+    return table
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--suite", choices=("train", "generate", "all"), default="all")
+    add("--model", metavar="PATH", help="Hugging Face folder or hub name; default: a random Qwen2 of --shape")
+    add("--shape", type=shape, default=(6, 256), metavar="LxH", help="layers and hidden size of the random model, default 6x256")
+    add("--data", metavar="FILE", help="preference pairs, tokenized with the model's tokenizer; default: synthetic pairs of skewed lengths")
+    add("--batch", type=positive, default=8, metavar="N", help="pairs per optimizer step")
+    add("--steps", type=positive, default=8, metavar="N", help="measured optimizer steps")
+    add("--warmup", type=positive, default=2, metavar="N", help="steps before them")
+    add("--max-tokens", type=positive, default=4096, metavar="N", help="tokens of a pack")
+    add("--prompts", type=positive, default=32, metavar="N", help="prompts of a round of generation")
+    add("--new-tokens", type=positive, default=64, metavar="N", help="tokens of a completion")
+    add("--rounds", type=positive, default=3, metavar="N", help="measured rounds of generation")
+    add("--threads", type=positive, default=1, metavar="N")
+    add("--seed", type=int, default=0)
+    add("--out", type=Path, default=Path("benchmark.json"), metavar="FILE")
+    return parser.parse_args(arguments)
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number, at least 1")
+    return int(text)
+
+
+def shape(text: str) -> tuple[int, int]:
+    num_layers, _, hidden = text.partition("x")
+    if not (num_layers.isdecimal() and hidden.isdecimal() and int(num_layers) and int(hidden) and int(hidden) % 64 == 0):
+        raise argparse.ArgumentTypeError(f"{text} must be layers x hidden size, the latter a multiple of 64, such as 6x256")
+    return int(num_layers), int(hidden)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
