@@ -37,13 +37,18 @@ class Completion:
 
 @dataclass(frozen=True)
 class TokenPair:
-    """A prompt with two completions. `preference` is P(first is better); an empty `second_ids` trains on the first alone."""
+    """A prompt with two completions. `preference` is P(first is better); an empty `second_ids` trains on the first alone.
+
+    A mask says of each token of its completion whether it is trained; None: all are.
+    """
 
     prompt_ids: Sequence[int]
     first_ids: Sequence[int]
     second_ids: Sequence[int] = ()
     preference: float = 1.0
     extras: dict[str, float] = field(default_factory=dict)
+    first_mask: Sequence[bool] | None = None
+    second_mask: Sequence[bool] | None = None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 from megapref.plugins import load_plugin, show
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".arrow")
+SAVED_DATA_SET = ("state.json", "dataset_dict.json")  # what `save_to_disk` writes into the folder of one split, and of several
 NUM_EXPERTS_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
@@ -27,7 +29,8 @@ def check(cfg: Config, world_size: int | None, hf_config: dict[str, Any] | None)
 
     `hf_config` is the model's config.json; call again once a hub model's is there.
     """
-    errors = [*_layout(cfg, world_size), *_model(cfg, hf_config), *_lengths(cfg), *_method(cfg), *_optimizer(cfg), *_files(cfg)]
+    of_values = [*_layout(cfg, world_size), *_model(cfg, hf_config), *_lengths(cfg), *_method(cfg), *_optimizer(cfg), *_sources(cfg)]
+    errors = [*of_values, *_files(cfg)]
     if errors:
         raise ValueError("\n".join(errors))
 
@@ -164,12 +167,43 @@ def _optimizer(cfg: Config) -> Iterator[str]:
         yield f"optimizer.min_lr={o.min_lr} is more than optimizer.lr={o.lr}; use at most {o.lr}"
 
 
+def _sources(cfg: Config) -> Iterator[str]:
+    weighted = [source.weight is not None for source in cfg.data.train]
+    if any(weighted) and not all(weighted):
+        yield f"data.train[{weighted.index(False)}].weight=null, but other sources have one; give all of them a weight, or none"
+    for name, source in cfg.data.validation.items():
+        if source.weight is not None:
+            yield f"data.validation.{name}.weight={source.weight:g} has no effect, a validation source is used whole; leave it out"
+    for key, source in _all_sources(cfg).items():
+        for column, template in source.template.items():
+            if error := template_error(template):
+                yield f"{key}.template.{column}={show(template)}: {error}; write {{column}} where a column goes and {{{{ or }}}} for a brace"
+
+
+def template_error(template: Any) -> str | None:
+    """Returns why a template, text or messages, is not one that columns could be filled in, None where it is."""
+    if isinstance(template, list | dict):
+        return next(filter(None, map(template_error, template.values() if isinstance(template, dict) else template)), None)
+    if not isinstance(template, str):
+        return f"{show(template)} is neither text nor messages with role and content"
+    try:
+        parts = list(Formatter().parse(template))
+    except ValueError as error:
+        return str(error)
+    return "there is more or less than a name between braces" if any(p[1] == "" or p[2] or p[3] for p in parts) else None
+
+
+def _all_sources(cfg: Config) -> dict[str, Any]:
+    sources = {f"data.train[{i}]": source for i, source in enumerate(cfg.data.train)}
+    return sources | {f"data.validation.{name}": source for name, source in cfg.data.validation.items()}
+
+
 def _files(cfg: Config) -> Iterator[str]:
     folders = {"model.path": cfg.model.path, "model.tokenizer": cfg.model.tokenizer}
     if cfg.run.resume not in (None, "auto"):
         folders["run.resume"] = cfg.run.resume
     for key, path in folders.items():
-        if path is None or Path(path).is_dir():
+        if path is None or Path(path).is_dir() or (key == "model.tokenizer" and Path(path).suffix == ".model" and Path(path).is_file()):
             continue
         remedy = (
             "use null, auto or the folder of a checkpoint"
@@ -182,16 +216,16 @@ def _files(cfg: Config) -> Iterator[str]:
             yield f"{key}={show(path)}: there is no such folder in {_searched()}; {remedy}"
     if Path(cfg.model.path).is_dir() and not (Path(cfg.model.path) / "config.json").is_file():
         yield f"model.path={show(cfg.model.path)} has no config.json; give a Hugging Face model folder"
-    sources = {f"data.train[{i}].path": source.path for i, source in enumerate(cfg.data.train)}
-    sources |= {f"data.validation.{name}.path": source.path for name, source in cfg.data.validation.items()}
-    for key, path in sources.items():
-        file = Path(path)
-        if file.is_dir():
-            yield f"{key}={show(path)} is a folder; name the file in it"
+    if cfg.model.chat_template and not Path(cfg.model.chat_template).is_file():
+        yield f"model.chat_template={show(cfg.model.chat_template)}: there is no such file in {_searched()}; give a Jinja file"
+    for key, source in _all_sources(cfg).items():
+        file, value = Path(source.path), f"{key}.path={show(source.path)}"
+        if file.is_dir() and not any((file / name).is_file() for name in SAVED_DATA_SET):
+            yield f"{value} is a folder; name the file in it"
         elif file.exists() and not os.access(file, os.R_OK):
-            yield f"{key}={show(path)} cannot be read; allow reading it (chmod +r)"
-        elif not file.exists() and _is_local(path):
-            yield f"{key}={show(path)}: there is no such file in {_searched()}; give a file or the hub name of a data set (owner/name)"
+            yield f"{value} cannot be read; allow reading it (chmod +r)"
+        elif not file.exists() and _is_local(source.path):
+            yield f"{value}: there is no such file in {_searched()}; give a file or the hub name of a data set (owner/name)"
 
 
 def _searched() -> str:

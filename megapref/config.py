@@ -56,7 +56,8 @@ class Run:
 @dataclass(frozen=True)
 class Model:
     path: str = MISSING  # Hugging Face folder or hub name
-    tokenizer: str | None = None  # folder or hub name; default: model.path
+    tokenizer: str | None = None  # folder, hub name or SentencePiece .model file; default: model.path
+    chat_template: str | None = None  # Jinja file; default: the tokenizer's own
 
 
 @dataclass(frozen=True)
@@ -64,16 +65,23 @@ class Source:
     path: str = MISSING  # local JSONL / JSON / Parquet / CSV / Arrow file, or a hub name
     split: str = "train"  # of a hub data set
     take: Count | None = None  # the first n rows only
+    weight: Positive | None = None  # share of the rows drawn, relative to the other sources'; null for all sources: each row once an epoch
+    columns: dict[str, str] = field(default_factory=dict)  # the file's names of columns: {prompt: question, chosen: best}
+    template: dict[str, Any] = field(default_factory=dict)  # columns made from the file's: {prompt: "Question: {question}"}; or messages
+    filter_length: bool = False  # leave out rows with a prompt of over 0.9 * generation.max_new_tokens tokens
 
 
 @dataclass(frozen=True)
 class Data:
-    train: list[Source] = field(default_factory=list)  # sources, one after the other
+    train: list[Source] = field(default_factory=list)  # sources, all read before training
     validation: dict[str, Source] = field(default_factory=dict)  # named sources; metrics are prefixed validation-<name>_
     max_length: Count | None = None  # prompt + completion tokens; default: pack.max_tokens
     max_prompt_length: Count | None = None  # tokens
     max_completion_length: Count | None = None  # tokens
     truncation: Literal["keep_end", "keep_start", "error"] = "keep_end"  # what stays of a prompt that is too long
+    train_on: Literal["final", "all_assistant"] = "final"  # of a completion of several messages: its last, or all of the assistant's
+    pairing: Literal["best_worst", "all"] = "best_worst"  # of ranked completions: one pair, or every two
+    ties: Literal["error", "skip"] = "error"  # rows that prefer neither completion; skip: counted in the log
     on_bad_row: Literal["error", "skip"] = "error"  # skip: counted in the log
     shuffle: bool = True  # anew every epoch
 
@@ -288,10 +296,10 @@ def _resolve_paths(cfg: Config) -> Config:
     def of(source: Source) -> Source:
         return dataclasses.replace(source, path=resolve_path(source.path))
 
-    tokenizer = cfg.model.tokenizer and resolve_path(cfg.model.tokenizer)
+    model = {name: path and resolve_path(path) for name, path in dataclasses.asdict(cfg.model).items()}
     return dataclasses.replace(
         cfg,
-        model=dataclasses.replace(cfg.model, path=resolve_path(cfg.model.path), tokenizer=tokenizer),
+        model=Model(**model),
         data=dataclasses.replace(
             cfg.data, train=[of(s) for s in cfg.data.train], validation={name: of(s) for name, s in cfg.data.validation.items()}
         ),

@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import sys
 import tempfile
 import time
@@ -30,10 +28,10 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from benchmark_floor import FAMILIES, bare_dpo_step
+from benchmark_inputs import describe, hardware, lengths, make_model, synthetic_pairs
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from megapref import config, losses
 from megapref.batch import ModelSpec, TokenPair
@@ -225,55 +223,12 @@ def rates(spent: np.ndarray, num_items: int, num_tokens: float) -> dict[str, flo
     }
 
 
-def make_model(folder: Path, num_layers: int, hidden: int) -> Path:
-    """A random Qwen2 with heads of width 32, half as many KV heads, an MLP three times as wide as the model, and 8,192 words."""
-    heads = hidden // 32
-    shape = dict(num_hidden_layers=num_layers, hidden_size=hidden, intermediate_size=3 * hidden, num_attention_heads=heads)
-    options = dict(vocab_size=8192, num_key_value_heads=max(heads // 2, 1), max_position_embeddings=2048, tie_word_embeddings=False)
-    Qwen2ForCausalLM(Qwen2Config(**shape, **options)).float().save_pretrained(folder)
-    return folder
-
-
 def read_pairs(options: argparse.Namespace, folder: Path, spec: ModelSpec) -> list[TokenPair]:
     """The pairs of --data, or synthetic ones, as many as the suites need."""
     if options.data:
         return load_pairs([config.Source(options.data)], load_tokenizer(str(folder)), pack_tokens=options.max_tokens)[0]
     number = max((options.warmup + options.steps) * options.batch, options.prompts)
     return synthetic_pairs(number, spec.vocab_size, options.seed)
-
-
-def synthetic_pairs(number: int, vocab_size: int, seed: int) -> list[TokenPair]:
-    """Random tokens with lengths as skewed as those of chat data: log-normal, the two completions' correlated; 340 tokens a pair on average."""
-    generator = np.random.default_rng(seed)
-
-    def length(median_tokens: float, sigma: float, least: int, most: int) -> int:
-        return int(np.clip(round(median_tokens * np.exp(sigma * generator.standard_normal())), least, most))
-
-    pairs = []
-    for _ in range(number):
-        prompt, base = length(85, 0.65, 12, 400), np.exp(0.35 * generator.standard_normal())
-        sizes = prompt, length(base * 100, 0.55, 20, 300), length(base * 85, 0.60, 20, 300)
-        pairs.append(TokenPair(*(generator.integers(3, vocab_size, size).tolist() for size in sizes)))
-    return pairs
-
-
-def hardware() -> dict:
-    """The processor as the system names it, its cores, and the accelerator's type if there is one."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
-    return {"cpu": names[0] if names else platform.processor(), "cores": os.cpu_count(), "device": str(device.current())}
-
-
-def describe(spec: ModelSpec) -> dict:
-    sizes = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size")
-    return {"family": spec.family, "vocab_size": spec.vocab_size} | {name: spec.transformer[name] for name in sizes}
-
-
-def lengths(pairs: list[TokenPair]) -> dict:
-    """Number of pairs and mean tokens of their parts."""
-    parts = {"prompt": "prompt_ids", "chosen": "first_ids", "rejected": "second_ids"}
-    means = {f"mean_{name}_tokens": float(np.mean([len(getattr(pair, field)) for pair in pairs])) for name, field in parts.items()}
-    return {"pairs": len(pairs), **means}
 
 
 def show(report: dict) -> None:

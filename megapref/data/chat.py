@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import batched, groupby
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megapref.data.conversations import Message, Text, shared_length
 from megapref.data.rows import BadRow, Location
+from megapref.data.spm import from_sentencepiece
 
 ROWS_AT_ONCE = 512
 Span = tuple[int, int]  # first character, and the one after the last
@@ -44,6 +46,23 @@ class TokenizedRow(NamedTuple):
     prompt_ids: list[int]
     completion_ids: list[list[int]]
     masks: list[list[bool] | None]
+
+
+def load_tokenizer(path: str, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face folder or hub name, or of a SentencePiece .model file or a folder with one; `chat_template`: a Jinja file.
+
+    ValueError where there is none, or it has no EOS token or no character offsets, or the template is not Jinja.
+    """
+    pieces = _sentencepiece_file(Path(path))
+    tokenizer = from_sentencepiece(pieces) if pieces else _from_hugging_face(path)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"model.tokenizer={path}: has no EOS token, so no completion could end; set eos_token in tokenizer_config.json")
+    if not tokenizer.is_fast:
+        raise ValueError(f"model.tokenizer={path}: has no tokenizer.json, so it cannot say where tokens lie in the text; convert it to one")
+    if chat_template is not None:
+        tokenizer.chat_template = _read_template(chat_template)
+        _check_template(tokenizer, chat_template)
+    return tokenizer
 
 
 def render(
@@ -148,7 +167,8 @@ def _split(row: RenderedRow, sides: list[tuple[list[int], list[Span]]], eos_id: 
         completion = ids[len(prompt_ids) :]
         mask = None if spans is None else _mask(offsets[len(prompt_ids) :], spans, border)
         if not completion or completion[-1] != eos_id:
-            completion, mask = [*completion, eos_id], mask and [*mask, True]
+            completion = [*completion, eos_id]
+            mask = None if mask is None else [*mask, True]
         completions.append(completion)
         masks.append(mask)
     return TokenizedRow(row, prompt_ids, completions, masks)
@@ -164,3 +184,40 @@ def _without_added_eos(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[
     # Some tokenizers close every text with EOS; a prompt is to be continued.
     added = bool(ids) and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token)
     return ids[:-1] if added else ids
+
+
+def _from_hugging_face(path: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        where = "the folder has no tokenizer that can be loaded" if Path(path).is_dir() else "no such folder, nor a name on the hub"
+        first_line = str(error).partition("\n")[0]
+        raise ValueError(
+            f"model.tokenizer={path}: {where} ({first_line}); give a folder with tokenizer.json, a SentencePiece .model file or a hub name"
+        ) from error
+
+
+def _read_template(file: str) -> str:
+    try:
+        return Path(file).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"model.chat_template={file}: cannot be read ({error}); give a Jinja file in UTF-8") from error
+
+
+def _check_template(tokenizer: PreTrainedTokenizerBase, file: str) -> None:
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"model.chat_template={file}: line {error.lineno} is not Jinja ({error.message}); repair it") from error
+    except jinja2.TemplateError:  # it refuses this conversation, for want of a system message perhaps; the rows may suit it
+        pass
+
+
+def _sentencepiece_file(path: Path) -> Path | None:
+    """The .model file that the tokenizer has to be made from: the path itself, or the only one in a folder that says nothing else of a tokenizer."""
+    if path.is_file():
+        return path
+    if not path.is_dir() or (path / "tokenizer.json").exists() or (path / "tokenizer_config.json").exists():
+        return None
+    files = sorted(path.glob("*.model"))
+    return files[0] if len(files) == 1 else None

@@ -29,6 +29,19 @@ class Rows(Sequence):
         return self.items[index]
 
 
+def rows_of(items: list[Any], ends: Sequence[int], sources: Sequence[Any]) -> Rows:
+    """The rows of the sources, of which each one's end at `ends`. ValueError for a source without rows, or too little weight, among weighted ones."""
+    sizes = tuple(np.diff(ends, prepend=0).tolist())
+    if all(source.weight is None for source in sources):
+        return Rows(items, sizes)
+    weights = tuple(source.weight for source in sources)
+    for source, size in zip(sources, sizes, strict=True):
+        if not size:
+            raise ValueError(f"data: no usable row in {source.path}, which has weight={source.weight}; repair its rows or leave it out")
+    shares_of(sizes, weights)
+    return Rows(items, sizes, weights)
+
+
 def step_rows(
     sizes: Sequence[int], weights: Sequence[float] | None = None, *, global_batch_size: int, step: int, seed: int, shuffle: bool = True
 ) -> np.ndarray:
@@ -59,7 +72,7 @@ def shares_of(sizes: Sequence[int], weights: Sequence[float]) -> tuple[int, ...]
     if not shares.all():
         source = int(np.argmin(shares))
         raise ValueError(
-            f"data.train[{source}].weight={weights[source]} of {sum(weights)} is less than one of the {sum(sizes)} rows of an epoch; raise it"
+            f"data.train[{source}].weight={weights[source]:g} of {sum(weights):g} is less than one of the {sum(sizes)} rows of an epoch; raise it"
         )
     return tuple(shares.tolist())
 

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import count
+from dataclasses import replace
+from functools import partial
+from itertools import chain, count
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from megapref.batch import PairBatch, TokenPair
-from megapref.data.chat import RenderedRow, render, tokenize
-from megapref.data.formats import Tie, preference_of
-from megapref.data.mixture import step_rows
+from megapref.data.chat import RenderedRow, TokenizedRow, render, tokenize
+from megapref.data.formats import Tie, preferences_of
+from megapref.data.mixture import Rows, rows_of, step_rows
 from megapref.data.packing import pair_tokens
 from megapref.data.prompts import cut_prompt
-from megapref.data.rows import BadRow, Location, SourceLike, bad_row_handler, check_any, read_sources
+from megapref.data.rows import BadRow, Location, OnBad, bad_row_handler
+from megapref.data.source import Filtered, SourceLike, check_any, check_filter, read_source
+
+Limits = tuple[int | None, int | None, int | None]
+
+
+class Emptied(BadRow):
+    """A row of which truncation left nothing to train on."""
+
+    remedy = "raise data.max_length, data.max_prompt_length or data.max_completion_length"
 
 
 def load_pairs(
@@ -26,54 +37,91 @@ def load_pairs(
     max_prompt_length: int | None = None,
     max_completion_length: int | None = None,
     truncation: str = "keep_end",
+    max_new_tokens: int | None = None,
     pack_tokens: int | None = None,
     share_prompt: bool = True,
+    pairing: str = "best_worst",
     ties: str = "error",
+    train_on: str = "final",
     on_bad_row: str = "error",
-) -> tuple[list[TokenPair], dict[str, int]]:
-    """All pairs of the sources in order, and how many rows were changed: `data/dropped_rows`, `data/truncated_rows`, `data/tied_rows`.
+    dropped: list[BadRow] | None = None,
+) -> tuple[Rows, dict[str, int]]:
+    """All pairs of the sources in order, and how many rows were changed: `data/dropped_rows`, `_filtered_rows`, `_truncated_rows`, `_tied_rows`.
 
-    Token ids are arrays, not lists, for memory's sake. Rows are cut as `truncate` says; one left with an empty side, or equal sides, is dropped.
-    A pair that still takes more than `pack_tokens` in a pack is a bad row. `ties`: error | skip, for ranked rows that prefer neither side.
+    Token ids are arrays, not lists, for memory's sake. Rows are cut as `truncate` says; one left with nothing to train on is dropped.
+    A pair that still takes more than `pack_tokens` in a pack is a bad row. `pairing` and `ties` (error | skip) are for rows that rank,
+    `train_on` for completions of several messages; a source's `filter_length` leaves out what is long beside `max_new_tokens`.
+    `dropped` is filled with the reasons of all rows that are left out. Extras that not every pair has are left out of all.
     """
-    if ties not in ("error", "skip"):
-        raise ValueError(f"ties={ties!r} is not known for preference rows; use error or skip")
-    skipped: list[BadRow] = []
-    tied: list[BadRow] = []
-    on_bad = bad_row_handler(on_bad_row, skipped)
-
-    def on_bad_or_tie(error: BadRow) -> None:
-        (tied.append if isinstance(error, Tie) and ties == "skip" else on_bad)(error)
-
-    def normalise(row: dict[str, Any], location: Location) -> RenderedRow:
-        pair = preference_of(row, location)
-        sides = (pair.chosen,) if pair.rejected is None else (pair.chosen, pair.rejected)
-        return render(tokenizer, pair.prompt, sides, location, pair.extras)
-
+    dropped = [] if dropped is None else dropped
+    on_bad = bad_row_handler(on_bad_row, dropped)
+    normalise = partial(_render_pairs, tokenizer, pairing, train_on, bad_row_handler(ties, dropped, "data.ties"))
     pairs: list[TokenPair] = []
-    num_dropped = num_truncated = 0
-    for row, prompt_ids, completions in tokenize(tokenizer, read_sources(sources, normalise, on_bad_or_tie)):
-        try:
-            limits = (max_length, max_prompt_length, max_completion_length)
-            kept_prompt, kept = truncate(prompt_ids, completions, limits, truncation, row.location)
-            pair = TokenPair(array("i", kept_prompt), *(array("i", ids) for ids in kept), extras=row.columns)
-            _check_room(pair, pack_tokens, share_prompt, row.location)
-        except BadRow as error:
-            on_bad(error)
-            continue
-        if not all(kept) or (len(kept) == 2 and kept[0] == kept[1]):
-            num_dropped += 1
-            continue
-        num_truncated += (kept_prompt, kept) != (prompt_ids, completions)
-        pairs.append(pair)
-    check_any(pairs, sources, skipped)
-    return pairs, {"data/dropped_rows": num_dropped + len(skipped), "data/truncated_rows": num_truncated, "data/tied_rows": len(tied)}
+    ends: list[int] = []
+    num_truncated = 0
+    for source in sources:
+        for row in tokenize(tokenizer, chain.from_iterable(read_source(source, normalise, on_bad))):
+            try:
+                check_filter(source, row.prompt_ids, max_new_tokens, row.row.location)
+                pair, is_cut = _pair(row, (max_length, max_prompt_length, max_completion_length), truncation)
+                _check_room(pair, pack_tokens, share_prompt, row.row.location)
+            except (Filtered, Emptied) as error:
+                dropped.append(error)
+            except BadRow as error:
+                on_bad(error)
+            else:
+                num_truncated += is_cut
+                pairs.append(pair)
+        ends.append(len(pairs))
+    check_any(pairs, sources, dropped)
+    num_filtered, num_tied = (sum(isinstance(error, kind) for error in dropped) for kind in (Filtered, Tie))
+    counts = {"data/dropped_rows": len(dropped) - num_filtered - num_tied, "data/filtered_rows": num_filtered}
+    counts |= {"data/truncated_rows": num_truncated, "data/tied_rows": num_tied}
+    return rows_of(_with_common_extras(pairs), ends, sources), counts
+
+
+def pair_options(cfg: Any, pack_tokens: int) -> dict[str, Any]:
+    """The options of `load_pairs` as a config has them; `pack_tokens` is what a pack has room for."""
+    names = ("max_length", "max_prompt_length", "max_completion_length", "truncation", "pairing", "ties", "train_on", "on_bad_row")
+    options = {name: getattr(cfg.data, name) for name in names}
+    new = cfg.generation.max_new_tokens
+    return options | {"max_new_tokens": new, "pack_tokens": pack_tokens, "share_prompt": cfg.pack.share_prompt}
+
+
+def _render_pairs(
+    tokenizer: PreTrainedTokenizerBase, pairing: str, train_on: str, on_tie: OnBad, row: dict[str, Any], location: Location
+) -> list[RenderedRow]:
+    rendered = []
+    for pair in preferences_of(row, location, pairing=pairing, on_tie=on_tie):
+        sides = (pair.chosen,) if pair.rejected is None else (pair.chosen, pair.rejected)
+        rendered.append(render(tokenizer, pair.prompt, sides, location, pair.extras, train_on))
+    return rendered
+
+
+def _pair(row: TokenizedRow, limits: Limits, truncation: str) -> tuple[TokenPair, bool]:
+    """The row as a pair, and whether it was cut; Emptied where nothing is left to train on."""
+    location = row.row.location
+    prompt_ids, kept = truncate(row.prompt_ids, row.completion_ids, limits, truncation, location)
+    masks = [mask if mask is None else array("b", mask[: len(ids)]) for mask, ids in zip(row.masks, kept, strict=True)]
+    if not all(ids if mask is None else any(mask) for mask, ids in zip(masks, kept, strict=True)):
+        raise Emptied(location, "completion: no token is left that could be trained")
+    if len(kept) == 2 and kept[0] == kept[1]:
+        raise Emptied(location, "completions: they differ only in what was cut off")
+    pair = TokenPair(array("i", prompt_ids), *(array("i", ids) for ids in kept), extras=row.row.columns)
+    masks = dict(zip(("first_mask", "second_mask"), masks, strict=False))
+    return replace(pair, **masks), (prompt_ids, kept) != (row.prompt_ids, row.completion_ids)
+
+
+def _with_common_extras(pairs: list[TokenPair]) -> list[TokenPair]:
+    """A pack needs the same extras of all; a loss that misses them says so."""
+    names = set.intersection(*(set(pair.extras) for pair in pairs))
+    return [pair if len(pair.extras) == len(names) else replace(pair, extras={n: pair.extras[n] for n in sorted(names)}) for pair in pairs]
 
 
 def truncate(
     prompt_ids: list[int],
     completions: list[list[int]],
-    limits: tuple[int | None, int | None, int | None],
+    limits: Limits,
     truncation: str,
     location: Location,
 ) -> tuple[list[int], list[list[int]]]:
@@ -107,7 +155,7 @@ def _check_room(pair: TokenPair, pack_tokens: int | None, share_prompt: bool, lo
 
 
 def offline_pairs(
-    pairs: Sequence[TokenPair],
+    pairs: Rows,
     *,
     global_batch_size: int,
     rank: int,
@@ -119,6 +167,6 @@ def offline_pairs(
 ) -> Iterator[PairBatch]:
     """Without end, a PairBatch per step: this data-parallel rank's strided share of its `global_batch_size` pairs; `counts` go with the first."""
     for step in count(start_step):
-        rows = step_rows(len(pairs), global_batch_size=global_batch_size, step=step, seed=seed, shuffle=shuffle)
+        rows = step_rows(pairs.sizes, pairs.weights, global_batch_size=global_batch_size, step=step, seed=seed, shuffle=shuffle)
         sums = {name: (float(number), 1.0) for name, number in (counts or {}).items()} if step == start_step else {}
         yield PairBatch(step, [pairs[i] for i in rows[rank::num_ranks]], sums)

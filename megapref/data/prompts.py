@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from megapref.batch import Prompt
 from megapref.data.chat import RenderedRow, render, tokenize
 from megapref.data.formats import prompt_of
-from megapref.data.mixture import step_rows
-from megapref.data.rows import BadRow, Location, SourceLike, bad_row_handler, check_any, read_sources
+from megapref.data.mixture import Rows, rows_of, step_rows
+from megapref.data.rows import BadRow, Location, bad_row_handler
+from megapref.data.source import Filtered, SourceLike, check_any, check_filter, read_source
 
 
 def load_prompts(
@@ -21,35 +22,54 @@ def load_prompts(
     *,
     max_prompt_length: int | None = None,
     truncation: str = "keep_end",
+    max_new_tokens: int | None = None,
     room: int | None = None,
     on_bad_row: str = "error",
-) -> tuple[list[Prompt], dict[str, int]]:
-    """All prompts of the sources in order, and how many rows were changed: `data/dropped_rows`, `data/truncated_rows`.
+    dropped: list[BadRow] | None = None,
+) -> tuple[Rows, dict[str, int]]:
+    """All prompts of the sources in order, and how many rows were changed: `data/dropped_rows`, `data/filtered_rows`, `data/truncated_rows`.
 
     A prompt of more than `max_prompt_length` tokens is cut to its end or start, or is a bad row with `truncation="error"`.
-    A prompt that is still over `room`, the tokens that a pack has left beside two completions, is a bad row.
+    A prompt that is still over `room`, the tokens that a pack has left beside two completions, is a bad row. A source's `filter_length`
+    leaves out what is long beside `max_new_tokens`. `dropped` is filled with the reasons of all rows that are left out.
     """
-    skipped: list[BadRow] = []
-    on_bad = bad_row_handler(on_bad_row, skipped)
+    dropped = [] if dropped is None else dropped
+    on_bad = bad_row_handler(on_bad_row, dropped)
 
     def normalise(row: dict[str, Any], location: Location) -> RenderedRow:
         return render(tokenizer, prompt_of(row, location), (), location, row)
 
     prompts: list[Prompt] = []
+    ends: list[int] = []
     num_truncated = 0
-    for row, ids, _ in tokenize(tokenizer, read_sources(sources, normalise, on_bad)):
-        try:
-            kept = cut_prompt(ids, max_prompt_length, truncation, row.location)
-            if room is not None and len(kept) > room:
-                reason = f"prompt: {len(kept)} tokens, but a pack has room for {room} beside two completions; raise pack.max_tokens"
-                raise BadRow(row.location, f"{reason}, lower generation.max_new_tokens or set data.max_prompt_length")
-        except BadRow as error:
-            on_bad(error)
-            continue
-        num_truncated += len(kept) < len(ids)
-        prompts.append(Prompt(kept, row.prompt, row.columns, index=len(prompts)))
-    check_any(prompts, sources, skipped)
-    return prompts, {"data/dropped_rows": len(skipped), "data/truncated_rows": num_truncated}
+    for source in sources:
+        for row, ids, _, _ in tokenize(tokenizer, read_source(source, normalise, on_bad)):
+            try:
+                check_filter(source, ids, max_new_tokens, row.location)
+                kept = cut_prompt(ids, max_prompt_length, truncation, row.location)
+                if room is not None and len(kept) > room:
+                    reason = f"prompt: {len(kept)} tokens, but a pack has room for {room} beside two completions; raise pack.max_tokens"
+                    raise BadRow(row.location, f"{reason}, lower generation.max_new_tokens or set data.max_prompt_length")
+            except Filtered as error:
+                dropped.append(error)
+            except BadRow as error:
+                on_bad(error)
+            else:
+                num_truncated += len(kept) < len(ids)
+                prompts.append(Prompt(kept, row.prompt, row.columns, index=len(prompts)))
+        ends.append(len(prompts))
+    check_any(prompts, sources, dropped)
+    num_filtered = sum(isinstance(error, Filtered) for error in dropped)
+    counts = {"data/dropped_rows": len(dropped) - num_filtered, "data/filtered_rows": num_filtered, "data/truncated_rows": num_truncated}
+    return rows_of(prompts, ends, sources), counts
+
+
+def prompt_options(cfg: Any, pack_tokens: int) -> dict[str, Any]:
+    """The options of `load_prompts` as a config has them; `pack_tokens` is what a pack has room for."""
+    options = {name: getattr(cfg.data, name) for name in ("max_prompt_length", "truncation", "on_bad_row")}
+    new = cfg.generation.max_new_tokens
+    room = pack_tokens - 2 * new
+    return options | {"max_new_tokens": new, "room": room if cfg.pack.share_prompt else room // 2}
 
 
 def cut_prompt(ids: list[int], limit: int | None, truncation: str, location: Location) -> list[int]:
@@ -66,9 +86,9 @@ def cut_prompt(ids: list[int], limit: int | None, truncation: str, location: Loc
 
 
 def prompt_batches(
-    prompts: Sequence[Prompt], *, global_batch_size: int, rank: int, num_ranks: int, seed: int, start_step: int = 0, shuffle: bool = True
+    prompts: Rows, *, global_batch_size: int, rank: int, num_ranks: int, seed: int, start_step: int = 0, shuffle: bool = True
 ) -> Iterator[tuple[int, list[Prompt]]]:
     """Without end, each step with this data-parallel rank's strided share of its `global_batch_size` prompts."""
     for step in count(start_step):
-        rows = step_rows(len(prompts), global_batch_size=global_batch_size, step=step, seed=seed, shuffle=shuffle)
+        rows = step_rows(prompts.sizes, prompts.weights, global_batch_size=global_batch_size, step=step, seed=seed, shuffle=shuffle)
         yield step, [prompts[i] for i in rows[rank::num_ranks]]

@@ -10,6 +10,12 @@ from megapref.data.conversations import show_keys
 from megapref.data.rows import BadRow, Location, OnBad, read_rows, show
 
 
+class Filtered(BadRow):
+    """A row that `filter_length` leaves out."""
+
+    remedy = "raise generation.max_new_tokens, or set filter_length: false for this source"
+
+
 class SourceLike(Protocol):
     path: str
     split: str
@@ -42,17 +48,10 @@ def reshape(row: dict[str, Any], columns: Mapping[str, str], template: Mapping[s
     return kept | renamed | {key: _fill(value, row, f"template.{key}", location) for key, value in template.items()}
 
 
-def check_template(template: Any) -> None:
-    """ValueError where a text of the template, in whatever lists and mappings, is not one with {column}s in it."""
-    if isinstance(template, str):
-        for _, column, form, conversion in Formatter().parse(template):
-            if column == "" or form or conversion:
-                raise ValueError("expected the name of a column and nothing else between braces")
-    elif isinstance(template, list | dict):
-        for part in template.values() if isinstance(template, dict) else template:
-            check_template(part)
-    else:
-        raise ValueError(f"expected text, or messages with role and content, got {show(template)}")
+def check_filter(source: SourceLike, prompt_ids: Sequence[int], max_new_tokens: int | None, location: Location) -> None:
+    """Raises Filtered for a prompt of over 0.9 * `max_new_tokens` tokens, in a source that filters."""
+    if source.filter_length and max_new_tokens is not None and len(prompt_ids) > 0.9 * max_new_tokens:
+        raise Filtered(location, f"prompt: {len(prompt_ids)} tokens, over 0.9 * generation.max_new_tokens={max_new_tokens}")
 
 
 def check_any(usable: Sequence[Any], sources: Sequence[SourceLike], dropped: Sequence[BadRow]) -> None:

@@ -13,6 +13,8 @@ def combine(pairs: PairLogps, *, losses: list[tuple[Loss, float]], ld_alpha: Fra
 
     `ld_alpha` < 1 weighs the tokens after the shorter side's length: LD-DPO, arXiv 2409.06411. The share of each loss is metric loss/<name>.
     """
+    if not losses:
+        raise ValueError("losses=[] sums nothing; list {function, weight, params} of at least one loss")
     if ld_alpha != 1 and any(hasattr(part, "statistics") for loss, _ in losses for part in parts(loss)):
         raise ValueError(f"ld_alpha={ld_alpha} is not defined for losses that sort the global batch (aot, aot_unpaired); use ld_alpha=1")
     pairs = length_desensitized(pairs, ld_alpha)

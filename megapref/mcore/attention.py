@@ -46,14 +46,19 @@ class AttentionPlan:
 
 @dataclass
 class SegmentParams(PackedSeqParams):
-    """What Core hands through to the attention module; "sbhd" makes Core apply rotary embeddings row by row."""
+    """What Core hands through to the layers; "sbhd" makes Core apply rotary embeddings row by row.
+
+    The model's last layer goes on after its attention with `output_rows` of the pack alone; None is all of them.
+    """
 
     plan: AttentionPlan | None = None
+    output_rows: Tensor | None = None
 
 
-def segment_params(segments_S: Tensor, max_length: int, device: torch.device) -> SegmentParams:
-    """The attention arguments of a pack with these segments [S, 4] (query start, query length, prefix start, prefix length)."""
-    return SegmentParams(qkv_format="sbhd", max_seqlen_q=max_length, max_seqlen_kv=max_length, plan=attention_plan(segments_S, device))
+def segment_params(segments_S: Tensor, max_length: int, device: torch.device, output_rows: Tensor | None) -> SegmentParams:
+    """The layers' arguments for a pack with these segments [S, 4] (query start, query length, prefix start, prefix length)."""
+    plan = attention_plan(segments_S, device)
+    return SegmentParams(qkv_format="sbhd", max_seqlen_q=max_length, max_seqlen_kv=max_length, plan=plan, output_rows=output_rows)
 
 
 def attention_plan(segments_S: Tensor, device: torch.device) -> AttentionPlan:

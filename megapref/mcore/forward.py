@@ -40,26 +40,29 @@ def to_device(pack: PackedBatch) -> PackedBatch:
 
 
 def forward_pack(chunk: torch.nn.Module, pack: PackedBatch) -> Tensor:
-    """This stage's output [T, 1, H] for a pack: final hidden states on the last stage, the next stage's input before it."""
-    params = segment_params(pack.segments_S, len(pack.token_ids_T), pack.token_ids_T.device)
+    """This stage's output for a pack: the next stage's input [T, 1, H], or on the last stage the final hidden states [K, 1, H] that predict.
+
+    Under sequence parallelism, where a rank has some of the rows, the last stage too gives them all.
+    """
+    output_rows = None if unwrap_model(chunk).config.sequence_parallel else pack.query_index_K
+    params = segment_params(pack.segments_S, len(pack.token_ids_T), pack.token_ids_T.device, output_rows)
     return chunk(pack.token_ids_T[None], pack.position_ids_T[None], None, packed_seq_params=params)
 
 
-def completion_logps(chunk: torch.nn.Module, hidden_T1H: Tensor, pack: PackedBatch) -> Tensor:
-    """[K] float32: log-probabilities (temperature 1) of the pack's completion tokens, from the last stage's final hidden states.
+def completion_logps(chunk: torch.nn.Module, hidden: Tensor, pack: PackedBatch) -> Tensor:
+    """[K] float32: log-probabilities (temperature 1) of the pack's completion tokens, from the last stage's `forward_pack`.
 
     The vocabulary may be split over tensor-parallel ranks and the rows over them too (sequence parallel); the result is whole on each.
     """
     model = unwrap_model(chunk)
     if model.config.sequence_parallel:
-        hidden = gather_from_sequence_parallel_region(hidden_T1H, tensor_parallel_output_grad=True)
+        rows_KH = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)[:, 0].index_select(0, pack.query_index_K)
     else:
-        hidden = copy_to_tensor_model_parallel_region(hidden_T1H)
+        rows_KH = copy_to_tensor_model_parallel_region(hidden)[:, 0]
     weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else model.output_layer.weight
     vocab_start = parallel_state.get_tensor_model_parallel_rank() * weight.shape[0]
     # Rows added so that the vocabulary divides by the tensor-parallel size are not words: they must not be in the softmax.
     num_words = min(max(model.true_vocab_size - vocab_start, 0), weight.shape[0])
-    rows_KH = hidden[:, 0].index_select(0, pack.query_index_K)
     return _VocabParallelLogps.apply(rows_KH, weight, pack.target_ids_K - vocab_start, num_words)
 
 

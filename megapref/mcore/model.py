@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from megatron.core import parallel_state
@@ -12,6 +13,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 from torch.nn import Module, Parameter
@@ -34,7 +36,7 @@ def build_model(spec: ModelSpec, parallel: Parallel, dtype: torch.dtype) -> list
 
 
 class SegmentedGPT(GPTModel):
-    """Core's GPT, which also runs packs: called with `SegmentParams` it returns hidden states [T, 1, H] without the head, otherwise logits.
+    """Core's GPT, which also runs packs: called with `SegmentParams` it returns hidden states without the head (see forward_pack), otherwise logits.
 
     `true_vocab_size` is the number of words; logits may have more columns, those that make the vocabulary divide by the tensor-parallel size.
     """
@@ -63,6 +65,15 @@ class SegmentedGPT(GPTModel):
         if isinstance(packed_seq_params, SegmentParams):
             return hidden_states
         return super()._postprocess(hidden_states, *args, packed_seq_params=packed_seq_params, **kwargs)
+
+
+class LastLayer(TransformerLayer):
+    """The model's last layer: of a pack, only the rows that predict a completion token go through its MLP; nothing uses the others."""
+
+    def _forward_mlp(self, hidden_states, *args, packed_seq_params=None, **kwargs):
+        if isinstance(packed_seq_params, SegmentParams) and packed_seq_params.output_rows is not None:
+            hidden_states = hidden_states.index_select(0, packed_seq_params.output_rows)
+        return super()._forward_mlp(hidden_states, *args, packed_seq_params=packed_seq_params, **kwargs)
 
 
 class RotaryTable(RotaryEmbedding):
@@ -141,11 +152,14 @@ def _transformer_config(spec: ModelSpec, parallel: Parallel, dtype: torch.dtype)
 
 
 def _block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
-    """Core's own layers with this package's norm and attention in them."""
+    """Core's own layers with this package's norm and attention in them; the model's last one is a `LastLayer`."""
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = SegmentAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = Norm
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=Norm)
+    layers = [layer] * get_num_layers_to_build(config)
+    if parallel_state.is_pipeline_last_stage():
+        layers[-1] = replace(layer, module=LastLayer)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm)

@@ -102,8 +102,8 @@ def _forward_step(consume, iterator: Iterator[PackedBatch], chunk: torch.nn.Modu
     with torch._C.DisableTorchFunction():  # no device to rewrite in here, and the rewriting costs on every torch call
         output = forward_pack(chunk, pack)
 
-    def finish(hidden_T1H: Tensor):
-        loss_sum, count, result = consume(completion_logps(chunk, hidden_T1H, pack), pack)
+    def finish(hidden: Tensor):
+        loss_sum, count, result = consume(completion_logps(chunk, hidden, pack), pack)
         return loss_sum, torch.tensor(count, dtype=torch.int, device=device.current()), result
 
     return output, finish

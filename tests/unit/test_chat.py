@@ -14,7 +14,7 @@ def tokenizer(tmp_path_factory):
 
 
 def encode(tokenizer, prompt, *completions):
-    [(row, prompt_ids, completion_ids)] = tokenize(tokenizer, [render(tokenizer, prompt, completions, HERE, {})])
+    [(row, prompt_ids, completion_ids, _)] = tokenize(tokenizer, [render(tokenizer, prompt, completions, HERE, {})])
     return row, prompt_ids, completion_ids
 
 
@@ -96,8 +96,8 @@ def test_a_conversation_without_a_chat_template(tmp_path):
 def test_rows_of_both_kinds_keep_their_order(tokenizer):
     prompts = ["hello", [USER], [USER], "the cat", [USER]]
     rows = list(tokenize(tokenizer, (render(tokenizer, prompt, (), HERE, {"i": i}) for i, prompt in enumerate(prompts))))
-    assert [row.columns["i"] for row, _, _ in rows] == [0, 1, 2, 3, 4]
-    assert [ids for _, ids, _ in rows] == [encode(tokenizer, prompt)[1] for prompt in prompts]
+    assert [row.columns["i"] for row, *_ in rows] == [0, 1, 2, 3, 4]
+    assert [ids for _, ids, *_ in rows] == [encode(tokenizer, prompt)[1] for prompt in prompts]
 
 
 def test_tokenizers_that_cannot_serve_are_named(tmp_path):

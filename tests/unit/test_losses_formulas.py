@@ -103,6 +103,8 @@ def test_combination_is_the_weighted_sum():
     shares = {name: value.item() for name, value in out.metric_sums.items() if name.startswith("loss/")}
     assert shares == pytest.approx({"loss/dpo": alone[0], "loss/bco_pair": alone[1], "loss/sft": alone[2] + alone[3]}, rel=1e-6)
     assert out.metric_sums["rewards/chosen"] == losses.dpo(pairs, beta=B).metric_sums["rewards/chosen"]
+    with pytest.raises(ValueError, match="of at least one loss"):
+        losses.combine(pairs, losses=[])
 
 
 @pytest.mark.parametrize("ld_alpha", [0.0, 0.4, 1.0])

@@ -10,7 +10,7 @@ from tiny_tokenizers import save_tokenizer
 from megapref.batch import Prompt
 from megapref.config import Source
 from megapref.data.chat import load_tokenizer
-from megapref.data.mixture import step_rows
+from megapref.data.mixture import Rows, step_rows
 from megapref.data.prompts import load_prompts, prompt_batches
 from megapref.data.rows import BadRow
 
@@ -33,7 +33,7 @@ def test_prompts_have_tokens_text_and_their_rows_columns(tokenizer, source):
     prompts, counts = load_prompts([source], tokenizer)
     assert [(p.text, p.index, p.row["answer"]) for p in prompts] == [(text, i, i) for i, text in enumerate(TEXTS)]
     assert [p.ids for p in prompts] == [tokenizer(text).input_ids for text in TEXTS]
-    assert counts == {"data/dropped_rows": 0, "data/truncated_rows": 0}
+    assert counts == {"data/dropped_rows": 0, "data/filtered_rows": 0, "data/truncated_rows": 0}
 
 
 def test_long_prompts_keep_an_end_or_a_start_or_are_refused(tokenizer, source):
@@ -52,27 +52,27 @@ def test_a_prompt_longer_than_the_pack_is_refused_or_skipped(tokenizer, source):
         load_prompts([source], tokenizer, room=5)
     prompts, counts = load_prompts([source], tokenizer, room=5, on_bad_row="skip")
     assert [p.text for p in prompts] == [TEXTS[0], TEXTS[2]] and counts["data/dropped_rows"] == 1
-    with pytest.raises(ValueError, match=r"no usable row in .*prompts.jsonl; the first of 3 skipped rows"):
+    with pytest.raises(ValueError, match=r"no usable row in .*prompts.jsonl; the first of 3 dropped rows"):
         load_prompts([source], tokenizer, room=0, on_bad_row="skip")
 
 
 @given(st.integers(1, 30), st.integers(1, 12), st.integers(0, 5), st.integers(1, 4))
 def test_every_epoch_has_every_row_once_whatever_the_batch(num_rows, batch_size, seed, num_epochs):
     steps = -(-num_rows * num_epochs // batch_size)
-    drawn = np.concatenate([step_rows(num_rows, global_batch_size=batch_size, step=s, seed=seed) for s in range(steps)])
+    drawn = np.concatenate([step_rows([num_rows], global_batch_size=batch_size, step=s, seed=seed) for s in range(steps)])
     for epoch in range(num_epochs):
         assert sorted(drawn[epoch * num_rows : (epoch + 1) * num_rows]) == list(range(num_rows))
 
 
 def test_the_order_is_fixed_by_seed_and_changes_with_seed_and_epoch():
-    epochs = [step_rows(20, global_batch_size=20, step=step, seed=seed).tolist() for seed in (0, 1) for step in (0, 1)]
+    epochs = [step_rows([20], global_batch_size=20, step=step, seed=seed).tolist() for seed in (0, 1) for step in (0, 1)]
     assert len(set(map(tuple, epochs))) == 4
     assert epochs[0] == np.random.Generator(np.random.PCG64([0, 0])).permutation(20).tolist()
-    assert step_rows(3, global_batch_size=5, step=1, seed=0, shuffle=False).tolist() == [2, 0, 1, 2, 0]
+    assert step_rows([3], global_batch_size=5, step=1, seed=0, shuffle=False).tolist() == [2, 0, 1, 2, 0]
 
 
 def test_ranks_share_a_step_and_a_resumed_run_goes_on():
-    prompts = [Prompt([i], str(i), {}, i) for i in range(10)]
+    prompts = Rows([Prompt([i], str(i), {}, i) for i in range(10)], (10,))
 
     def batches(rank, num_ranks, start_step, steps):
         source = prompt_batches(prompts, global_batch_size=7, rank=rank, num_ranks=num_ranks, seed=3, start_step=start_step)

@@ -1,74 +1,19 @@
-"""Loads tokenizers: Hugging Face folders and hub names, SentencePiece `.model` files, with another chat template if asked for."""
+"""Makes a tokenizer that knows where its tokens lie in the text from a SentencePiece `.model` file, which by itself does not say."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import jinja2
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
 UNIGRAM, BPE = 1, 2  # its kinds of model
 CONTROL, USER_DEFINED = 3, 4  # its kinds of pieces
 
 
-def load_tokenizer(path: str, chat_template: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face folder or hub name, or of a SentencePiece .model file or a folder with one; `chat_template`: a Jinja file.
-
-    ValueError where there is none, or it has no EOS token or no character offsets, or the template is not Jinja.
-    """
-    pieces = _sentencepiece_file(Path(path))
-    tokenizer = _from_sentencepiece(pieces) if pieces else _from_hugging_face(path)
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"model.tokenizer={path}: has no EOS token, so no completion could end; set eos_token in tokenizer_config.json")
-    if not tokenizer.is_fast:
-        raise ValueError(f"model.tokenizer={path}: has no tokenizer.json, so it cannot say where tokens lie in the text; convert it to one")
-    if chat_template is not None:
-        tokenizer.chat_template = _read_template(chat_template)
-        _check_template(tokenizer, chat_template)
-    return tokenizer
-
-
-def _from_hugging_face(path: str) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        where = "the folder has no tokenizer that can be loaded" if Path(path).is_dir() else "no such folder, nor a name on the hub"
-        first_line = str(error).partition("\n")[0]
-        raise ValueError(
-            f"model.tokenizer={path}: {where} ({first_line}); give a folder with tokenizer.json, a SentencePiece .model file or a hub name"
-        ) from error
-
-
-def _read_template(file: str) -> str:
-    try:
-        return Path(file).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"model.chat_template={file}: cannot be read ({error}); give a Jinja file in UTF-8") from error
-
-
-def _check_template(tokenizer: PreTrainedTokenizerBase, file: str) -> None:
-    try:
-        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
-    except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"model.chat_template={file}: line {error.lineno} is not Jinja ({error.message}); repair it") from error
-    except jinja2.TemplateError:  # it refuses this conversation, for want of a system message perhaps; the rows may suit it
-        pass
-
-
-def _sentencepiece_file(path: Path) -> Path | None:
-    """The .model file that the tokenizer has to be made from: the path itself, or the only one in a folder that says nothing else of a tokenizer."""
-    if path.is_file():
-        return path
-    if not path.is_dir() or (path / "tokenizer.json").exists() or (path / "tokenizer_config.json").exists():
-        return None
-    files = sorted(path.glob("*.model"))
-    return files[0] if len(files) == 1 else None
-
-
-def _from_sentencepiece(file: Path) -> PreTrainedTokenizerFast:
+def from_sentencepiece(file: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a SentencePiece model, unigram or BPE, as transformers reads Llama's: BOS in front where the model has one.
 
     Its control and user-defined pieces are found in the text. A text that begins with a space gets no second one in front.
