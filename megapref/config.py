@@ -296,11 +296,7 @@ def _resolve_paths(cfg: Config) -> Config:
     def of(source: Source) -> Source:
         return dataclasses.replace(source, path=resolve_path(source.path))
 
-    model = {name: path and resolve_path(path) for name, path in dataclasses.asdict(cfg.model).items()}
-    return dataclasses.replace(
-        cfg,
-        model=Model(**model),
-        data=dataclasses.replace(
-            cfg.data, train=[of(s) for s in cfg.data.train], validation={name: of(s) for name, s in cfg.data.validation.items()}
-        ),
-    )
+    paths = {name: getattr(cfg.model, name) for name in ("path", "tokenizer", "chat_template")}
+    model = dataclasses.replace(cfg.model, **{name: path and resolve_path(path) for name, path in paths.items()})
+    train, validation = [of(s) for s in cfg.data.train], {name: of(s) for name, s in cfg.data.validation.items()}
+    return dataclasses.replace(cfg, model=model, data=dataclasses.replace(cfg.data, train=train, validation=validation))

@@ -104,7 +104,7 @@ def _parse_line(line: bytes) -> Any:
     except UnicodeDecodeError as error:
         return _Broken(f"expected UTF-8, got byte 0x{line[error.start]:02x} at byte {error.start + 1} of the line")
     except json.JSONDecodeError as error:
-        return _Broken(f"expected a JSON object on one line, got invalid JSON ({error.msg} at column {error.colno})")
+        return _Broken(f"expected a JSON object on one line, got invalid JSON ({error.msg.removesuffix(' at')} at column {error.colno})")
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of open brackets
         return _Broken(f"expected a JSON object on one line, got JSON that cannot be read ({error})")
 

@@ -65,7 +65,8 @@ def _bpe(proto) -> models.Model:
 def _add_text_rules(tokenizer: tokenizers.Tokenizer, spec) -> None:
     steps = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
     if spec.remove_extra_whitespaces:
-        steps += [normalizers.Strip(), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
+        # The space in front is the one that the dummy prefix would put there.
+        steps += [normalizers.Strip(left=not spec.add_dummy_prefix), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
     if steps:
         tokenizer.normalizer = normalizers.Sequence(steps)
     scheme = "first" if spec.add_dummy_prefix else "never"

@@ -61,19 +61,11 @@ def load_checkpoint(state: TrainState, path: Path) -> dict:
     if problem:
         raise ValueError(f"checkpoint {path} is not usable: {problem}; run.resume takes the folder of one, such as checkpoints/step_000010")
     saved = json.loads((path / "state.json").read_text())
-    _make_adam_state(state.optimizer)
-    # Core puts the saved options (weight decay, betas, ...) into the optimizer; those of this run's config hold.
-    options = [{key: value for key, value in group.items() if key != "params"} for group in state.optimizer.param_groups]
     with cpu.core_calls():
         loaded = dist_checkpointing.load(_sharded_state(state, is_loading=True), str(path))
         for name, model in _model_entries(state):
             model.load_state_dict(loaded[name])
-        steps = _pop_adam_steps(state.optimizer)
-        state.optimizer.load_state_dict(loaded["optimizer"])
-    for group, values in zip(state.optimizer.param_groups, options, strict=True):
-        group.update(values)
-    for entry in steps:
-        entry["step"] = torch.tensor(float(saved["adam_step"]))  # one tensor each: a shared one would be advanced once per parameter
+        _load_optimizer(state.optimizer, loaded["optimizer"], saved["adam_step"])
     state.step, state.bad_steps = saved["step"], saved["bad_steps"]
     return saved
 
@@ -207,17 +199,31 @@ def _make_adam_state(optimizer) -> None:
         for parameter in (p for group in adam.param_groups for p in group["params"]):
             if not adam.state[parameter]:
                 adam.state[parameter].update(
-                    step=torch.tensor(0.0), exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter)
+                    step=torch.zeros((), device=parameter.device),
+                    exp_avg=torch.zeros_like(parameter),
+                    exp_avg_sq=torch.zeros_like(parameter),
                 )
 
 
 def _adam_step(optimizer) -> float:
-    return next((float(entry["step"]) for adam in _torch_adams(optimizer) for entry in adam.state.values()), 0.0)
+    """The updates made so far, which torch's AdamW counts for each parameter, fused ones for each group."""
+    parts = [part.optimizer for part in optimizer.chained_optimizers]
+    counts = [holder["step"] for adam in parts for holder in (*adam.state.values(), *adam.param_groups) if "step" in holder]
+    return float(counts[0]) if counts else 0.0
 
 
-def _pop_adam_steps(optimizer) -> list[dict]:
-    """The state entries, without `step`, which Core (0.19) would look for among the saved tensors."""
-    entries = [entry for adam in _torch_adams(optimizer) for entry in adam.state.values()]
-    for entry in entries:
-        entry.pop("step")
-    return entries
+def _load_optimizer(optimizer, loaded: dict, adam_step: float) -> None:
+    """Puts in moments and weights. The options (rate, decay, betas, ...) stay those of this run's config, which Core would replace."""
+    parts = optimizer.chained_optimizers
+    contents = [loaded] if len(parts) == 1 else [loaded[i] for i in sorted(loaded)]
+    for part, content in zip(parts, contents, strict=True):
+        entries = list(part.optimizer.state.values())
+        for entry in entries:
+            entry.pop("step", None)  # Core (0.19) would look for it among the saved tensors
+        part.load_parameter_state_from_fully_reshardable(content["param_state"])
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            for entry in entries:  # one tensor each: a shared one would be advanced once per parameter
+                entry["step"] = torch.tensor(float(adam_step), device=entry["exp_avg"].device)
+        else:
+            for group in part.optimizer.param_groups:
+                group["step"] = int(adam_step)

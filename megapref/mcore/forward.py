@@ -19,7 +19,7 @@ from megapref.mcore import device as devices
 from megapref.mcore.attention import segment_params
 
 # Rows of the LM head computed at once: [chunk, V] is the largest tensor the head makes.
-HEAD_CHUNK = 512
+HEAD_CHUNK = 256
 
 
 def to_device(pack: PackedBatch) -> PackedBatch:

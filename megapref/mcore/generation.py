@@ -65,13 +65,13 @@ class Engine:
 
     def __init__(self, chunk: torch.nn.Module, generation: config.Generation, max_length: int):
         self.model = unwrap_model(chunk)
-        tensor = self.model.config.tensor_model_parallel_size
-        slots = -(-generation.max_requests // tensor) * tensor  # Core wants a multiple
+        # Core pads batches to its own multiples and asserts that there is room for them.
+        slots = DynamicInferenceContext.round_up_requests(generation.max_requests)
         self.config = InferenceConfig(
             block_size_tokens=16 if cpu.ACTIVE else 256,  # flash-attn's paged kernels want 256; less is gathered in vain with small ones
             buffer_size_gb=generation.kv_cache_gb,
             max_requests=slots,
-            max_tokens=max(max_length, slots, 64),
+            max_tokens=DynamicInferenceContext.round_up_tokens(max(max_length, slots)),
             max_sequence_length=max_length,
             kv_cache_management_mode=KVCacheManagementMode.RECOMPUTE,
         )

@@ -39,7 +39,8 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 def sentiment(prompts: Sequence[Prompt], completions: Sequence[Completion], *, min_sentences: int = 3) -> list[float]:
     """How kind each completion is, in [-1, 1]: the mean over its sentences of kind words minus unkind words, clipped to [-1, 1].
 
-    Up to two words after a negation a word counts for its opposite; a sentence said before counts -1, one of fewer than three words 0.
+    Up to two words after a negation a word counts for its opposite. A sentence of fewer than three words counts 0, and one that says
+    an earlier one again (all words of one of them stand in the other) counts -1.
     The sum over fewer than `min_sentences` sentences is divided by that number all the same, so that one short phrase cannot win.
     Empty or gibberish text scores 0. ValueError if `min_sentences` is under 1.
     """
@@ -53,7 +54,7 @@ def _sentiment(text: str, min_sentences: int) -> float:
     sentences = [words for words in sentences if words]
     total = 0
     for number, words in enumerate(sentences):
-        if words in sentences[:number]:
+        if any(set(words) <= set(earlier) or set(earlier) <= set(words) for earlier in sentences[:number]):
             total -= 1
         elif len(words) >= 3:
             total += max(-1, min(1, sum(_polarity(words, position) for position in range(len(words)))))

@@ -54,7 +54,7 @@ def generate_in_layout(folder: str, layout: dict) -> dict:
     def run(which=None, sampling=Sampling(temperature=0.8), poison=None, **options):  # noqa: B008
         which = list(range(len(prompts()))) if which is None else which
         generation = Generation(**{"max_new_tokens": NEW_TOKENS, "kv_cache_gb": 0.01, **options})
-        engine = Engine(chunks[0], generation, max_length=40 + NEW_TOKENS)
+        engine = Engine(chunks[0], generation, max_length=100)
 
         def draw(logits, requests, positions):
             return sample(logits, uniforms(request_keys[which][requests], positions), sampling)

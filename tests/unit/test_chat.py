@@ -108,3 +108,64 @@ def test_tokenizers_that_cannot_serve_are_named(tmp_path):
         load_tokenizer(str(tmp_path / "empty"))
     with pytest.raises(ValueError, match="has no EOS token, so no completion could end; set eos_token"):
         load_tokenizer(save_tokenizer(tmp_path / "endless", eos=None))
+
+
+TALK = [GOOD, {"role": "user", "content": "and you"}, BAD]
+
+
+def trained_text(tokenizer, row):
+    """The trained tokens of each side, in the runs that they stand in."""
+    texts = []
+    for ids, mask in zip(row.completion_ids, row.masks, strict=True):
+        mask = mask if mask is not None else [True] * len(ids)
+        runs = "".join(tokenizer.decode([i]) if trained else "\0" for i, trained in zip(ids, mask, strict=True))
+        texts.append([run for run in runs.split("\0") if run])
+    return texts
+
+
+@pytest.mark.parametrize(
+    ("train_on", "first"), [("final", ["a dog<|im_end|>"]), ("all_assistant", ["the cat<|im_end|>", "a dog<|im_end|>"])]
+)
+def test_the_last_or_all_answers_of_a_completion_are_trained(tokenizer, train_on, first):
+    [row] = tokenize(tokenizer, [render(tokenizer, [USER], [TALK, [BAD]], HERE, {}, train_on)])
+    assert trained_text(tokenizer, row) == [first, ["a dog<|im_end|>"]] and row.masks[1] is None
+    assert tokenizer.decode(row.prompt_ids).endswith("<|im_start|>assistant\n")
+    whole = tokenizer.apply_chat_template([USER, *TALK], tokenize=True, return_dict=False)
+    assert row.prompt_ids + row.completion_ids[0] == whole[: len(row.prompt_ids) + len(row.completion_ids[0])]
+
+
+def test_all_but_the_answer_of_a_demonstration_is_its_prompt_unless_all_are_trained(tokenizer):
+    [row] = tokenize(tokenizer, [render(tokenizer, [USER], [TALK], HERE, {})])
+    assert row.masks == [None] and tokenizer.decode(row.completion_ids[0]) == "a dog<|im_end|>"
+    [row] = tokenize(tokenizer, [render(tokenizer, [USER], [TALK], HERE, {}, "all_assistant")])
+    assert trained_text(tokenizer, row) == [["the cat<|im_end|>", "a dog<|im_end|>"]]
+
+
+def test_a_template_that_rewrites_earlier_answers_cannot_train_them(tmp_path):
+    forgetful = CHATML.replace("m['content']", "(m['content'] if loop.last or m['role'] == 'user' else '...')")
+    tokenizer = load_tokenizer(save_tokenizer(tmp_path, chat_template=forgetful))
+    with pytest.raises(BadRow, match=r"row 3: the chat template changes an answer when messages follow"):
+        render(tokenizer, [USER], [TALK, [BAD]], HERE, {}, "all_assistant")
+    [row] = tokenize(tokenizer, [render(tokenizer, [USER], [TALK, [BAD]], HERE, {})])
+    assert trained_text(tokenizer, row)[0] == ["a dog<|im_end|>"]
+
+
+def test_eos_is_trained_where_the_template_writes_none(tmp_path):
+    tokenizer = load_tokenizer(save_tokenizer(tmp_path, chat_template=CHATML.replace("<|im_end|>\\n", "\\n").replace("<|im_end|>\n", "\n")))
+    [row] = tokenize(tokenizer, [render(tokenizer, [USER], [TALK, [BAD]], HERE, {}, "all_assistant")])
+    assert row.completion_ids[0][-1] == tokenizer.eos_token_id and row.masks[0][-1]
+    assert len(row.masks[0]) == len(row.completion_ids[0])
+
+
+def test_a_chat_template_from_a_file(tmp_path):
+    path = save_tokenizer(tmp_path / "tokenizer", chat_template=None)
+    file = tmp_path / "mine.jinja"
+    file.write_text("{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}")
+    assert encode(load_tokenizer(path, str(file)), [USER])[0].prompt == "[user] hello "
+    file.write_text("{% for m in messages %}\n{{ m.role }")
+    with pytest.raises(ValueError, match=r"model.chat_template=.*mine.jinja: line 2 is not Jinja"):
+        load_tokenizer(path, str(file))
+    file.write_text("{{ raise_exception('system first') }}")
+    load_tokenizer(path, str(file))
+    with pytest.raises(ValueError, match=r"model.chat_template=.*gone.jinja: cannot be read .*give a Jinja file"):
+        load_tokenizer(path, str(tmp_path / "gone.jinja"))

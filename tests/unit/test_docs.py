@@ -17,7 +17,7 @@ from megapref.schema import options
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-BY_FILE = ("megapref", "launchers", "tools", "docs", "configs", "tests")
+FOLDERS = ("megapref", "launchers", "tools", "docs", "configs", "tests")
 BY_FOLDER = ("configs/", "tests/", "docs/benchmarks/")  # below these the tree may stop at a folder
 SUFFIXES = (".py", ".yaml", ".sh", ".md")
 OPTIONS = {option.key.replace("[]", ""): option for option in options(config.Config)}
@@ -50,15 +50,13 @@ def tree() -> dict[str, str]:
 
 def test_tree_has_every_file_with_a_comment_and_no_other():
     listed = tree()
-    assert not [path for path in listed if not (ROOT / path).exists()]
-    assert not [path for path, comment in listed.items() if not comment]
-    stops = [path for path in listed if path.startswith(BY_FOLDER) and not any(p.startswith(path) and p != path for p in listed)]
-    for top in BY_FILE:
-        for file in (ROOT / top).rglob("*"):
-            path = file.relative_to(ROOT).as_posix()
-            if file.suffix not in SUFFIXES or (file.name == "__init__.py" and "def " not in file.read_text() and "import" not in file.read_text()):
-                continue
-            assert path in listed or path.startswith(tuple(stop for stop in stops if stop.endswith("/"))), f"README's tree lacks {path}"
+    assert [path for path in listed if not (ROOT / path).exists()] == [], "the README's tree has these, and they do not exist"
+    assert [path for path, comment in listed.items() if not comment] == [], "without a comment"
+    folders = tuple(path for path in listed if path.endswith("/") and path.startswith(BY_FOLDER))
+    stops = tuple(folder for folder in folders if not any(path.startswith(folder) and path != folder for path in listed))
+    files = [file for top in FOLDERS for file in (ROOT / top).rglob("*") if file.suffix in SUFFIXES and file.read_text().strip()]
+    paths = sorted(file.relative_to(ROOT).as_posix() for file in files)
+    assert [path for path in paths if path not in listed and not path.startswith(stops)] == [], "the README's tree lacks these files"
 
 
 def test_every_recipe_is_in_the_table():
@@ -106,7 +104,7 @@ def test_links_and_paths_resolve(document):
     text = document.read_text()
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
         assert (document.parent / target).exists(), f"{document.name} links to {target}"
-    for path in re.findall(rf"`((?:{'|'.join(BY_FILE)}|assets)/[\w./-]+)`", text):
+    for path in re.findall(rf"`((?:{'|'.join(FOLDERS)}|assets)/[\w./-]+)`", text):
         assert (ROOT / path).exists(), f"{document.name} names {path}"
 
 

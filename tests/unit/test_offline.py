@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from itertools import islice
 
@@ -5,10 +6,10 @@ import pytest
 from tiny_tokenizers import save_tokenizer
 
 from megapref.batch import TokenPair
-from megapref.config import Source
+from megapref.config import Config, Data, Source
 from megapref.data.chat import load_tokenizer
 from megapref.data.mixture import Rows
-from megapref.data.offline import load_pairs, offline_pairs, truncate
+from megapref.data.offline import load_pairs, offline_pairs, pair_options, truncate
 from megapref.data.packing import pack
 from megapref.data.rows import BadRow, Location
 
@@ -122,8 +123,56 @@ def test_ties(tokenizer, source):
         load_pairs([rows], tokenizer)
     pairs, counts = load_pairs([rows], tokenizer, ties="skip")
     assert len(pairs) == 1 and counts["data/tied_rows"] == 1 and counts["data/dropped_rows"] == 0
-    with pytest.raises(ValueError, match="data.ties='first' is not known"):
+    with pytest.raises(ValueError, match=r"data.ties='first' is not known"):
         load_pairs([rows], tokenizer, ties="first")
+
+
+def test_every_two_of_ranked_completions_are_pairs(tokenizer, source):
+    ranked = [{"rank": rank, "completion": text} for rank, text in ((1, " the"), (0, " a"), (1, " dog"))]
+    rows = source({"context": "hello", "completions": ranked})
+    assert len(load_pairs([rows], tokenizer)[0]) == 1
+    pairs, counts = load_pairs([rows], tokenizer, pairing="all", ties="skip")
+    assert [tokenizer.decode(pair.second_ids) for pair in pairs] == [" the<|im_end|>", " dog<|im_end|>"]
+    assert pairs.sizes == (2,) and counts == NOTHING | {"data/tied_rows": 1}
+
+
+def test_masks_are_cut_with_the_completion_and_a_pair_without_trained_token_is_dropped(tokenizer, source):
+    user, assistant = ({"role": role, "content": "hello"} for role in ("user", "assistant"))
+    rows = source(pair_row([user], [assistant, user, assistant], [assistant]))
+    [pair], _ = load_pairs([rows], tokenizer)
+    first = list(pair.first_mask)
+    assert pair.second_mask is None and len(first) == len(pair.first_ids) and first == sorted(first) and 0 < sum(first) < len(first)
+    [all_trained], _ = load_pairs([rows], tokenizer, train_on="all_assistant")
+    assert sum(all_trained.first_mask) == 2 * len(pair.second_ids) == 2 * sum(first)
+    [cut], counts = load_pairs([rows], tokenizer, max_completion_length=len(first) - 1)
+    assert list(cut.first_mask) == first[:-1] and counts == NOTHING | {"data/truncated_rows": 1}
+    dropped = []
+    with pytest.raises(ValueError, match=r"no usable row in .*completion: no token is left that could be trained; raise data.max_length"):
+        load_pairs([rows], tokenizer, max_completion_length=first.index(True), dropped=dropped)
+    assert len(dropped) == 1
+
+
+def test_scores_are_extras_where_all_pairs_have_them(tokenizer, source):
+    scored = pair_row("hello", " the", " a") | {"score_chosen": 5, "score_rejected": 2.5}
+    pairs, _ = load_pairs([source(scored, scored)], tokenizer)
+    assert [pair.extras for pair in pairs] == [{"score_first": 5.0, "score_second": 2.5}] * 2
+    pairs, _ = load_pairs([source(scored, pair_row("hello", " the", " a"))], tokenizer)
+    assert [pair.extras for pair in pairs] == [{}, {}] and pack(pairs, max_tokens=100)
+
+
+def test_filtered_rows_are_counted_and_sources_are_weighted(tokenizer, source, tmp_path):
+    rows = source(pair_row("hello", " the", " a"), pair_row("what is two and three?", " the", " a"))
+    filtering = dataclasses.replace(rows, filter_length=True, weight=1.0)
+    pairs, counts = load_pairs([filtering, dataclasses.replace(rows, weight=3.0)], tokenizer, max_new_tokens=4)
+    assert counts == NOTHING | {"data/filtered_rows": 1} and (pairs.sizes, pairs.weights) == ((1, 2), (1.0, 3.0))
+    one_epoch = next(offline_pairs(pairs, global_batch_size=3, rank=0, num_ranks=1, seed=0))
+    assert sum(pair is pairs[0] for pair in one_epoch.pairs) == 1
+
+
+def test_options_are_read_from_a_config(tokenizer, source):
+    cfg = Config(data=Data(pairing="all", on_bad_row="skip"))
+    pairs, counts = load_pairs([source(pair_row("hello", " the", " a"), {})], tokenizer, **pair_options(cfg, pack_tokens=64))
+    assert len(pairs) == 1 and counts == NOTHING | {"data/dropped_rows": 1}
 
 
 def test_steps_are_shared_by_ranks_resumed_and_tell_the_counts_once():

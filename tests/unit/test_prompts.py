@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from collections import Counter
 
@@ -8,10 +9,10 @@ from hypothesis import strategies as st
 from tiny_tokenizers import save_tokenizer
 
 from megapref.batch import Prompt
-from megapref.config import Source
+from megapref.config import Config, Data, Generation, Pack, Source
 from megapref.data.chat import load_tokenizer
 from megapref.data.mixture import Rows, step_rows
-from megapref.data.prompts import load_prompts, prompt_batches
+from megapref.data.prompts import load_prompts, prompt_batches, prompt_options
 from megapref.data.rows import BadRow
 
 TEXTS = ["the cat", "a dog ran to the old house", "hello"]
@@ -88,3 +89,13 @@ def test_ranks_share_a_step_and_a_resumed_run_goes_on():
             for rank in range(num_ranks):
                 merged[rank::num_ranks] = shares[rank][step][1]
             assert merged == batch
+
+
+def test_options_filter_and_order_come_from_the_config(tokenizer, source):
+    cfg = Config(data=Data(on_bad_row="skip"), generation=Generation(max_new_tokens=4))
+    options = prompt_options(cfg, pack_tokens=100)
+    assert options["room"] == 92 and prompt_options(dataclasses.replace(cfg, pack=Pack(share_prompt=False)), 100)["room"] == 46
+    prompts, counts = load_prompts([dataclasses.replace(source, filter_length=True)], tokenizer, **options)
+    short = [text for text in TEXTS if len(tokenizer(text).input_ids) <= 3.6]
+    assert [p.text for p in prompts] == short and counts["data/filtered_rows"] == len(TEXTS) - len(short) > 0
+    assert [p.index for p in prompts] == list(range(len(short)))

@@ -35,6 +35,8 @@ def score(reward, *texts, **params):
         ("I would not recommend it to anyone. It was a waste of money. We came by bus.", -2 / 3),
         ("The room was lovely and spotless and warm. We came by bus.", 1 / 3),  # clipped: one sentence is worth at most 1
         ("The room was lovely. The room was lovely. The room was lovely.", -1 / 3),  # each repetition costs a sentence
+        ("We were delighted. Also, we were delighted. The tea was fresh.", 1 / 3),
+        ("The tea was very fresh. We were delighted. The tea was fresh.", 1 / 3),
         ("The room was lovely.", 1 / 3),  # shorter than min_sentences
         ("Lovely. Warm. Charming.", 0.0),  # no sentences
         ("", 0.0),
