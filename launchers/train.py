@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megapref import config
-from megapref.checks import check_plugins
 from megapref.plugins import describe, did_you_mean, show
 from megapref.schema import MISSING, options
 
@@ -96,11 +95,13 @@ def main(argv: list[str]) -> int:
         if arguments.show_config:
             say(rank, config.to_yaml(cfg).rstrip())
             return 0
+        from megapref.methods import check_plugins  # brings torch: not for --help, --cfg or a wrong config
+
         check_plugins(cfg)
     except ValueError as error:
         return fail(rank, str(error))
 
-    from megapref.train import main as train  # torch and Core: not for --help, --cfg or a wrong config
+    from megapref.train import main as train
 
     try:
         train(cfg)

@@ -13,7 +13,7 @@ from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Any
 
-from megapref.plugins import load_plugin, show
+from megapref.plugins import show
 
 if TYPE_CHECKING:
     from megapref.config import Config
@@ -31,19 +31,6 @@ def check(cfg: Config, world_size: int | None, hf_config: dict[str, Any] | None)
     """
     of_values = [*_layout(cfg, world_size), *_model(cfg, hf_config), *_lengths(cfg), *_method(cfg), *_optimizer(cfg), *_sources(cfg)]
     errors = [*of_values, *_files(cfg)]
-    if errors:
-        raise ValueError("\n".join(errors))
-
-
-def check_plugins(cfg: Config) -> None:
-    """Raises ValueError with everything that is wrong with the functions that the config names; imports them (losses bring torch)."""
-    plugins = {"loss": cfg.loss} | {f"reward.{name}": plugin for name, plugin in cfg.reward.items()}
-    errors = []
-    for key, plugin in (plugins | ({"judge": cfg.judge} if cfg.judge else {})).items():
-        try:
-            load_plugin(plugin.function, plugin.params, key)
-        except ValueError as error:
-            errors.append(str(error))
     if errors:
         raise ValueError("\n".join(errors))
 
@@ -141,7 +128,7 @@ def _lengths(cfg: Config) -> Iterator[str]:
 
 
 def _method(cfg: Config) -> Iterator[str]:
-    method, reference, generation = cfg.method, cfg.reference, cfg.generation
+    method, reference = cfg.method, cfg.reference
     if not cfg.data.train:
         yield "data.train=[] names no source; give data.train=[{path: FILE}] or choose a group such as data=demo"
     if method.pairs == "online" and not cfg.reward and cfg.judge is None:
@@ -149,14 +136,11 @@ def _method(cfg: Config) -> Iterator[str]:
             'method.pairs="online" needs something to judge the samples, and reward={} and judge=null; '
             "give reward.NAME.function=module:name or judge.function=module:name"
         )
-    if reference.mode == "none":
-        # Other losses are the user's: only they know whether they read the reference.
-        if cfg.loss.function.removeprefix("megapref.") in ("losses:dpo", "losses:ipo"):
-            yield f'reference.mode="none", but loss.function={show(cfg.loss.function)} compares with a reference; use reference.mode=resident'
-        if method.pairs == "online" and method.candidates == "policy_reference":
-            yield 'reference.mode="none", but method.candidates="policy_reference" samples from it; use reference.mode=resident or policy_policy'
-    if generation.top_k > 0 and generation.top_p < 1:
-        yield f"generation.top_k={generation.top_k} and generation.top_p={generation.top_p} cannot both be active; use top_k=0 or top_p=1"
+    if reference.mode != "resident" and method.pairs == "online" and method.candidates == "policy_reference":
+        yield (
+            f'reference.mode="{reference.mode}", but method.candidates="policy_reference" samples from the reference; '
+            "use reference.mode=resident or method.candidates=policy_policy"
+        )
 
 
 def _optimizer(cfg: Config) -> Iterator[str]:

@@ -109,7 +109,7 @@ class Pack:
 
 @dataclass(frozen=True)
 class Reference:
-    mode: Literal["resident", "none"] = "resident"  # a frozen second copy, or no reference
+    mode: Literal["resident", "free", "none"] = "resident"  # a frozen second copy; its log-probabilities taken as 0; no reference
 
 
 @dataclass(frozen=True)
@@ -296,7 +296,7 @@ def _resolve_paths(cfg: Config) -> Config:
     def of(source: Source) -> Source:
         return dataclasses.replace(source, path=resolve_path(source.path))
 
-    paths = {name: getattr(cfg.model, name) for name in ("path", "tokenizer", "chat_template")}
-    model = dataclasses.replace(cfg.model, **{name: path and resolve_path(path) for name, path in paths.items()})
+    paths = {name: path and resolve_path(path) for name, path in vars(cfg.model).items() if name in ("path", "tokenizer", "chat_template")}
     train, validation = [of(s) for s in cfg.data.train], {name: of(s) for name, s in cfg.data.validation.items()}
+    model = dataclasses.replace(cfg.model, **paths)
     return dataclasses.replace(cfg, model=model, data=dataclasses.replace(cfg.data, train=train, validation=validation))

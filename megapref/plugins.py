@@ -51,6 +51,28 @@ def load_plugin(function: str, params: dict[str, Any], key: str) -> Callable[...
     return partial(target, **params)
 
 
+def params_by_epoch(function: str, params: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    """The parameters of epoch 0, 1, ...: where the function takes a number, a list gives its value in each epoch, the last one for good."""
+    hints = _hints(_find(function, f"{key}.function")[0])
+    listed = {name for name, value in params.items() if isinstance(value, list) and value and _fits(value[0], hints.get(name, Any), value)}
+    epochs = max((len(params[name]) for name in listed), default=1)
+    return [{name: value[min(epoch, len(value) - 1)] if name in listed else value for name, value in params.items()} for epoch in range(epochs)]
+
+
+def _fits(item: Any, hint: Any, whole: list) -> bool:
+    """Whether an item of a list is what the annotation asks for, and the list itself is not."""
+    try:
+        fit(whole, hint)
+        return False
+    except TypeError:
+        pass
+    try:
+        fit(item, hint)
+    except TypeError:
+        return False
+    return True
+
+
 def _find(function: str, key: str) -> tuple[Callable[..., Any], str]:
     module_name, _, name = function.partition(":")
     if not all(part.isidentifier() for part in module_name.split(".")) or not name.isidentifier():

@@ -18,7 +18,7 @@ from megapref.data.offline import load_pairs, offline_pairs
 from megapref.data.packing import pack, packing_stats
 from megapref.data.prompts import load_prompts, prompt_batches
 from megapref.inference.engine import make_generate
-from megapref.mcore import reference, setup
+from megapref.mcore import setup
 from megapref.mcore.generation import Engine
 from megapref.mcore.step import TrainState, evaluate_packs
 from megapref.online import judges
@@ -74,6 +74,11 @@ def fingerprint(rows: Sequence[Prompt | TokenPair]) -> str:
     return digest.hexdigest()[:16]
 
 
+def of_epoch(cfg: Config, data: Data, losses: list[Loss], step: int) -> Loss:
+    """The loss of the epoch that step `step` (from 0) is in; the last one stays."""
+    return losses[min(step * cfg.train.global_batch_size // len(data.train), len(losses) - 1)]
+
+
 def packs_of(cfg: Config, pairs: list[TokenPair]) -> tuple[list[PackedBatch], dict[str, float]]:
     """This rank's packs of the step's pairs, and how well all ranks' packs are filled."""
     packs = pack(
@@ -104,17 +109,15 @@ def online_source(
 
 
 def offline_source(
-    cfg: Config, data: Data, state: TrainState, ref: list[torch.nn.Module] | None, loss: Loss
+    cfg: Config, data: Data, state: TrainState, losses: list[Loss], prepare: Callable[[list[PackedBatch], Loss], list[PackedBatch]]
 ) -> tuple[Iterator[PairBatch], Evaluate]:
-    """Pairs from files from step `state.step` on; evaluation measures the loss on the validation pairs."""
+    """Pairs from files from step `state.step` on; evaluation measures the epoch's loss on the validation pairs."""
 
     def evaluate_now() -> tuple[dict[str, float], list[dict]]:
         metrics = {}
         for name, rows in data.validation.items():
-            packs, _ = packs_of(cfg, rows)
-            if ref:
-                packs = reference.fill_reference(ref, packs)
-            measured = evaluate_packs(state.chunks, packs, loss)
+            loss = of_epoch(cfg, data, losses, state.step)
+            measured = evaluate_packs(state.chunks, prepare(packs_of(cfg, rows)[0], loss), loss)
             metrics |= {f"validation-{name}_{key}": value for key, value in measured.items()}
         return metrics, []
 

@@ -16,16 +16,18 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from megapref import runlog, sources
-from megapref.batch import Loss, ModelSpec, PairBatch
+from megapref.batch import Loss, ModelSpec, PackedBatch, PairBatch
 from megapref.config import Config, to_yaml
 from megapref.convert.families import read_spec
 from megapref.convert.hf import export_hf, find_model, fingerprint, load_hf
 from megapref.data.chat import load_tokenizer
+from megapref.losses import parts
 from megapref.mcore import checkpoint, reference, setup
+from megapref.mcore.batch_wide import fill_batch_wide
 from megapref.mcore.model import build_model
 from megapref.mcore.optimizer import build_optimizer, learning_rate, wrap_for_training
 from megapref.mcore.step import TrainState, train_step
-from megapref.plugins import load_plugin
+from megapref.methods import compares_with_reference, load_losses
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -52,8 +54,9 @@ class Run:
     """What a run is made of: the state that training changes, the frozen reference, where pairs come from, how they are judged."""
 
     state: TrainState
-    reference_chunks: list[torch.nn.Module] | None
-    loss: Loss
+    has_reference: bool  # that the loss compares with
+    loss_of_step: Callable[[int], Loss]
+    prepare: Callable[[list[PackedBatch], Loss], list[PackedBatch]]  # fills in what the loss needs besides the policy's log-probabilities
     source: Iterator[PairBatch]
     evaluate: sources.Evaluate
     export: Callable[[Path], None]
@@ -71,24 +74,33 @@ def build(cfg: Config, resume_from: Path | None) -> Run:
         return chunks
 
     policy = load()
-    ref = reference.freeze(load()) if cfg.reference.mode == "resident" else None
+    has_reference = compares_with_reference(cfg)
+    is_online = cfg.method.pairs == "online"  # its evaluation, and maybe an opponent, samples from the reference
+    ref = reference.freeze(load()) if has_reference or (is_online and cfg.reference.mode == "resident") else None
     chunks = wrap_for_training(policy)
     state = TrainState(chunks, build_optimizer(chunks, cfg.optimizer, cfg.precision))
     if resume_from:
         _check_goes_on(cfg, checkpoint.load_checkpoint(state, resume_from), identity, resume_from)
-    if cfg.method.pairs == "online":
+
+    def prepare(packs: list[PackedBatch], loss: Loss) -> list[PackedBatch]:
+        if has_reference:
+            packs = reference.fill_reference(ref, packs)
+        return fill_batch_wide(chunks, packs, parts(loss))
+
+    if is_online:
         source, evaluate = sources.online_source(cfg, inputs.data, state, ref, inputs.tokenizer)
     else:
-        source, evaluate = sources.offline_source(cfg, inputs.data, state, ref, inputs.loss)
+        source, evaluate = sources.offline_source(cfg, inputs.data, state, inputs.losses, prepare)
+    loss_of_step = partial(sources.of_epoch, cfg, inputs.data, inputs.losses)
     export = partial(export_hf, policy, inputs.spec, inputs.folder, replace=resume_from is not None)
-    return Run(state, ref, inputs.loss, source, evaluate, export, identity)
+    return Run(state, has_reference, loss_of_step, prepare, source, evaluate, export, identity)
 
 
 @dataclass(frozen=True)
 class Inputs:
     """What is read before any model is made."""
 
-    loss: Loss
+    losses: list[Loss]  # of epoch 0, 1, ...
     folder: Path
     spec: ModelSpec
     tokenizer: PreTrainedTokenizerBase
@@ -96,11 +108,11 @@ class Inputs:
 
 
 def _read_inputs(cfg: Config) -> Inputs:
-    loss = load_plugin(cfg.loss.function, cfg.loss.params, "loss")
+    losses = load_losses(cfg.loss)
     folder = find_model(cfg.model.path)
     spec = read_spec(folder)
     tokenizer = load_tokenizer(cfg.model.tokenizer or str(folder))
-    return Inputs(loss, folder, spec, tokenizer, sources.load_data(cfg, tokenizer, spec.max_positions))
+    return Inputs(losses, folder, spec, tokenizer, sources.load_data(cfg, tokenizer, spec.max_positions))
 
 
 def train(cfg: Config, run: Run, log: runlog.RunLog) -> None:
@@ -122,7 +134,7 @@ def train(cfg: Config, run: Run, log: runlog.RunLog) -> None:
             _stop_after_bad_steps(cfg, state, metrics)
         elif is_untrained:
             is_untrained = False
-            if run.reference_chunks:
+            if run.has_reference:
                 _check_first_update(metrics)
         if _due(state.step, cfg.save.every, last):
             checkpoint.save_checkpoint(state, run_dir / "checkpoints", cfg.save.keep, {"made_with": run.identity})
@@ -146,15 +158,14 @@ def _step(cfg: Config, run: Run, batch: PairBatch) -> dict[str, float]:
         return {"loss": math.nan, "grad_norm": math.nan, "num_pairs": 0.0, "skipped": 1.0} | metrics
     packs, packing = sources.packs_of(cfg, pairs)
     started = time.perf_counter()
-    if run.reference_chunks:
-        packs = reference.fill_reference(run.reference_chunks, packs)
+    loss = run.loss_of_step(run.state.step)
+    packs = run.prepare(packs, loss)
     scored = time.perf_counter()
-    metrics = train_step(run.state, packs, run.loss, learning_rate(run.state.step + 1, cfg.train.steps, cfg.optimizer)) | metrics
+    metrics = train_step(run.state, packs, loss, learning_rate(run.state.step + 1, cfg.train.steps, cfg.optimizer)) | metrics
     trained = time.perf_counter()
     if "objective/scores" in metrics and "objective/non_score_reward" in metrics:
         metrics["objective/rlhf_reward"] = metrics["objective/scores"] + metrics["objective/non_score_reward"]
-    if "beta" in cfg.loss.params:
-        metrics["beta"] = cfg.loss.params["beta"]
+    metrics |= {name: value for name, value in getattr(loss, "keywords", {}).items() if name in ("beta", "alpha")}
     seconds = trained - started + metrics.get("time/generate", 0.0) + metrics.get("time/judge", 0.0)
     metrics |= {"time/score_reference": scored - started, "time/train": trained - scored}
     return metrics | packing | {"perf/tokens_per_s": packing["pack/tokens"] / seconds, "perf/pairs_per_s": len(pairs) / seconds}

@@ -22,7 +22,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from statistics import median
 from unittest.mock import patch
 
 import numpy as np
@@ -152,7 +151,8 @@ def measure_training(options: argparse.Namespace, folder: Path, spec: ModelSpec,
         for mine, theirs in zip(*outcomes.values(), strict=True):
             assert np.allclose(mine, theirs, rtol=1e-3), f"megapref (loss, norm) = {mine}, floor {theirs}: they do not do the same work"
         paired = [mine[1] / theirs[1] for mine, theirs in zip(costs["megapref"], costs["floor"], strict=True)]
-        result["ratio"] = {"median": median(paired), "least": min(paired), "most": max(paired), "of_sums": whole[1] / sum(costs["floor"])[1]}
+        low, middle, high = np.quantile(paired, (0.25, 0.5, 0.75)).tolist()
+        result["ratio"] = {"median": middle, "quartiles": [low, high], "of_steps": paired}
     return result
 
 
@@ -242,8 +242,8 @@ def show(report: dict) -> None:
         console.print(table_of("training", "pairs", rows))
         console.print(f"packing efficiency {train['packing_efficiency']:.3f}, peak memory {train['megapref']['peak_memory_bytes'] / 2**20:,.0f} MiB")
         if ratio := train.get("ratio"):
-            spread = f"{ratio['least']:.3f} to {ratio['most']:.3f}"
-            console.print(f"CPU seconds per step against the bare step: {ratio['median']:.3f} (median of {report['settings']['steps']}; {spread})")
+            low, high = ratio["quartiles"]
+            console.print(f"CPU seconds of a step per those of the bare step: {ratio['median']:.3f} (median; quartiles {low:.3f} and {high:.3f})")
     if generate := report.get("generate"):
         console.print(table_of("generation", "completions", {"sampling": generate}))
         console.print(f"peak memory of the process so far {generate['peak_memory_bytes'] / 2**20:,.0f} MiB")
@@ -269,7 +269,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--shape", type=shape, default=(6, 256), metavar="LxH", help="layers and hidden size of the random model, default 6x256")
     add("--data", metavar="FILE", help="preference pairs, tokenized with the model's tokenizer; default: synthetic pairs of skewed lengths")
     add("--batch", type=positive, default=8, metavar="N", help="pairs per optimizer step")
-    add("--steps", type=positive, default=8, metavar="N", help="measured optimizer steps")
+    add("--steps", type=positive, default=16, metavar="N", help="measured optimizer steps")
     add("--warmup", type=positive, default=2, metavar="N", help="steps before them")
     add("--max-tokens", type=positive, default=4096, metavar="N", help="tokens of a pack")
     add("--prompts", type=positive, default=32, metavar="N", help="prompts of a round of generation")

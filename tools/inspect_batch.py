@@ -160,6 +160,7 @@ def runs_of(batch: PackedBatch) -> Iterator[Run]:
     segments = batch.segments_S.tolist()
     # A side that shares its prompt is predicted from the prompt's end on, all others from the token before.
     first_of = {prefix + length - 1: start for start, _, prefix, length in segments if length}
+    shared_length = {prefix: length for _, _, prefix, length in segments if length}
     predicted = zip(batch.query_index_K.tolist(), batch.cell_K.tolist(), strict=True)
     cell_of = {first_of[query] if cell % 2 and query in first_of else query + 1: cell for query, cell in predicted}
     for start, length, prefix, prefix_length in segments:
@@ -167,7 +168,8 @@ def runs_of(batch: PackedBatch) -> Iterator[Run]:
         cell = next((cell for cell in cells if cell is not None), None)
         if cell is None:
             continue  # padding
-        border = 0 if prefix_length else cells.index(cell)
+        # A prompt that is shared is as long as the other side says; one that is not ends where training begins.
+        border = 0 if prefix_length else shared_length.get(start, cells.index(cell))
         attended = (prefix, prefix + prefix_length) if prefix_length else None
         if border:
             yield Run(cell // 2, None, False, start, start + border, attended)

@@ -117,7 +117,7 @@ def set_aside_after(folder: Path, step: int) -> list[Path]:
     renamed = []
     for path in _checkpoints(folder):
         if int(path.name.removeprefix("step_")) > step:
-            names = (folder / f"unused_{path.name}{suffix}" for suffix in ("", *(f"_{i}" for i in itertools.count(2))))
+            names = (folder / f"unused_{path.name}{f'_{i}' if i else ''}" for i in itertools.count())
             renamed.append(path.rename(next(name for name in names if not name.exists())))
     return renamed
 

@@ -57,11 +57,14 @@ def apply_gradients(optimizer, grad_norm: float, lr: float) -> None:
 
 
 def learning_rate(step: int, total_steps: int, optimizer: config.Optimizer) -> float:
-    """The rate of optimizer step `step` (from 1): linear warmup, then constant, or linear or cosine decay to `min_lr` at `total_steps`."""
+    """The rate of optimizer step `step` (from 1): linear warmup, then constant, or linear or cosine decay towards `min_lr`.
+
+    The decay starts at the peak and would reach `min_lr` one step after the last, so that no step is done in vain.
+    """
     if step <= optimizer.warmup_steps:
         return optimizer.lr * step / optimizer.warmup_steps
     if optimizer.schedule == "constant":
         return optimizer.lr
-    done = min((step - optimizer.warmup_steps) / max(total_steps - optimizer.warmup_steps, 1), 1.0)
+    done = (step - 1 - optimizer.warmup_steps) / (total_steps - optimizer.warmup_steps)
     left = 1 - done if optimizer.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
     return optimizer.min_lr + (optimizer.lr - optimizer.min_lr) * left

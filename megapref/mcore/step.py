@@ -109,9 +109,14 @@ def _forward_step(consume, iterator: Iterator[PackedBatch], chunk: torch.nn.Modu
     return output, finish
 
 
-def _loss_of_pack(loss: Loss, logps_K: Tensor, pack: PackedBatch) -> tuple[Tensor, int, dict]:
+def pair_logps(logps_K: Tensor, pack: PackedBatch) -> PairLogps:
+    """What a loss sees of a pack; without a reference its log-probabilities are 0."""
     ref_K = torch.zeros_like(logps_K) if pack.ref_logps_K is None else pack.ref_logps_K
-    output = loss(PairLogps(logps_K, ref_K, pack.cell_K, pack.preference_P, pack.extras_P))
+    return PairLogps(logps_K, ref_K, pack.cell_K, pack.preference_P, pack.extras_P)
+
+
+def _loss_of_pack(loss: Loss, logps_K: Tensor, pack: PackedBatch) -> tuple[Tensor, int, dict]:
+    output = loss(pair_logps(logps_K, pack))
     sums = {"loss": output.loss_sum.detach(), **output.metric_sums}
     return output.loss_sum, output.count, {**sums, "count": torch.tensor(float(output.count))}
 

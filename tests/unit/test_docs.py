@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from megapref import config
-from megapref.checks import check_plugins
+from megapref.methods import check_plugins
 from megapref.plugins import show
 from megapref.schema import options
 

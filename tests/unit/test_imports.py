@@ -25,8 +25,9 @@ MAY_IMPORT = {
     "mcore": ("batch", "config"),
     "convert": ("batch",),
     "convert.hf": ("batch", "config", "mcore"),
+    "methods": ("batch", "config", "losses", "plugins", "schema"),
     "sources": ("batch", "config", "data", "inference", "mcore", "online", "plugins"),
-    "train": ("batch", "checks", "config", "convert", "data", "losses", "mcore", "plugins", "runlog", "sources"),
+    "train": ("batch", "checks", "config", "convert", "data", "losses", "mcore", "methods", "runlog", "sources"),
 }
 
 

@@ -51,9 +51,16 @@ def test_runs_with_the_prompt_twice():
 
 def test_what_is_not_trained_of_a_completion_is_a_run_of_its_own():
     [[batch]] = pack(PAIRS[:1], max_tokens=64)
-    kept = batch.target_ids_K != 7
+    kept = (batch.target_ids_K != 7) & (batch.target_ids_K != 4)
     batch = replace(batch, query_index_K=batch.query_index_K[kept], target_ids_K=batch.target_ids_K[kept], cell_K=batch.cell_K[kept])
-    assert [run[1:4] for run in runs(batch)][2:] == [(1, True, [6]), (1, False, [7]), (1, True, [8])]
+    assert [run[1:4] for run in runs(batch)] == [
+        (None, False, [1, 2, 3]),
+        (0, False, [4]),
+        (0, True, [5]),
+        (1, True, [6]),
+        (1, False, [7]),
+        (1, True, [8]),
+    ]
 
 
 @given(st.lists(st.integers(0, 10_000), min_size=1, max_size=50))
