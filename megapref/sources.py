@@ -14,9 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from megapref.batch import Completion, Generate, Loss, PackedBatch, PairBatch, Prompt, TokenPair
 from megapref.config import Config, Source
-from megapref.data.offline import load_pairs, offline_pairs
+from megapref.data.mixture import Rows
+from megapref.data.offline import load_pairs, offline_pairs, pair_options
 from megapref.data.packing import pack, packing_stats
-from megapref.data.prompts import load_prompts, prompt_batches
+from megapref.data.prompts import load_prompts, prompt_batches, prompt_options
 from megapref.inference.engine import make_generate
 from megapref.mcore import setup
 from megapref.mcore.generation import Engine
@@ -35,7 +36,7 @@ Evaluate = Callable[[], tuple[dict[str, float], list[dict]]]  # metrics of all r
 class Data:
     """The tokenised rows of a run: prompts of an online method, else pairs; `counts` of what was changed while they were read."""
 
-    train: list[Prompt] | list[TokenPair]
+    train: Rows
     validation: dict[str, list]
     counts: dict[str, int]
 
@@ -124,30 +125,12 @@ def offline_source(
     return offline_pairs(data.train, **_deal(cfg, state), counts=data.counts), evaluate_now
 
 
-def _load_prompts(cfg: Config, tokenizer: PreTrainedTokenizerBase, sources: list[Source]) -> tuple[list[Prompt], dict[str, int]]:
-    room = _pack_tokens(cfg) - 2 * cfg.generation.max_new_tokens
-    return load_prompts(
-        sources,
-        tokenizer,
-        max_prompt_length=cfg.data.max_prompt_length,
-        truncation=cfg.data.truncation,
-        room=room if cfg.pack.share_prompt else room // 2,
-        on_bad_row=cfg.data.on_bad_row,
-    )
+def _load_prompts(cfg: Config, tokenizer: PreTrainedTokenizerBase, sources: list[Source]) -> tuple[Rows, dict[str, int]]:
+    return load_prompts(sources, tokenizer, **prompt_options(cfg, _pack_tokens(cfg)))
 
 
-def _load_pairs(cfg: Config, tokenizer: PreTrainedTokenizerBase, sources: list[Source]) -> tuple[list[TokenPair], dict[str, int]]:
-    return load_pairs(
-        sources,
-        tokenizer,
-        max_length=cfg.data.max_length,
-        max_prompt_length=cfg.data.max_prompt_length,
-        max_completion_length=cfg.data.max_completion_length,
-        truncation=cfg.data.truncation,
-        pack_tokens=_pack_tokens(cfg),
-        share_prompt=cfg.pack.share_prompt,
-        on_bad_row=cfg.data.on_bad_row,
-    )
+def _load_pairs(cfg: Config, tokenizer: PreTrainedTokenizerBase, sources: list[Source]) -> tuple[Rows, dict[str, int]]:
+    return load_pairs(sources, tokenizer, **pair_options(cfg, _pack_tokens(cfg)))
 
 
 def _pad_multiple(cfg: Config) -> int:

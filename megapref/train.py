@@ -111,7 +111,7 @@ def _read_inputs(cfg: Config) -> Inputs:
     losses = load_losses(cfg.loss)
     folder = find_model(cfg.model.path)
     spec = read_spec(folder)
-    tokenizer = load_tokenizer(cfg.model.tokenizer or str(folder))
+    tokenizer = load_tokenizer(cfg.model.tokenizer or str(folder), cfg.model.chat_template)
     return Inputs(losses, folder, spec, tokenizer, sources.load_data(cfg, tokenizer, spec.max_positions))
 
 
@@ -238,6 +238,8 @@ def _identity(cfg: Config, inputs: Inputs) -> dict[str, Any]:
         "train.global_batch_size": cfg.train.global_batch_size,
         "data.shuffle": cfg.data.shuffle,
         "data.train": sources.fingerprint(inputs.data.train),
+        "data.train.weight": [source.weight for source in cfg.data.train],
+        "data.train_on": cfg.data.train_on,
         "model.path": fingerprint(inputs.folder),
     }
 

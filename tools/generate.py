@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
             ids = tokenizer(text, add_special_tokens=not options.chat)["input_ids"]
             room = chunks[0].max_sequence_length - options.max_new_tokens
             if not 0 < len(ids) <= room:
-                raise ValueError(f"a prompt of {len(ids)} tokens does not fit: the model has room for 1 to {room} beside {options.max_new_tokens} new ones")
+                raise ValueError(f"a prompt of {len(ids)} tokens does not fit: it must have 1 to {room} beside {options.max_new_tokens} new ones")
             prompts = [Prompt(ids, text, {}, index) for index in range(options.samples)]
             return [completion.text for completion in generate(prompts, "policy", step=turn, side=0)]
 

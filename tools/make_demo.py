@@ -15,17 +15,13 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from demo_text import Subject, answer, question, subjects
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
-from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+from make_model import row_texts, write_model
 
 from megapref.batch import Completion, Prompt
 from megapref.online.rewards import sentiment
 
 ROOT = Path(__file__).resolve().parents[1]
-END, PAD = "<|endoftext|>", "<|pad|>"
 NUM_ROWS = {"sft": (8000, 200), "preference": (600, 100), "prompts": (400, 64)}  # (train, validation)
 # From random weights: a larger step and more of them than the recipe's, which starts from a trained model. Four times over the rows.
 SFT_OVERRIDES = ["train.steps=1000", "optimizer.lr=3e-3", "optimizer.betas=[0.9,0.95]", "optimizer.warmup_steps=20"]
@@ -92,37 +88,9 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, str]]) -> None:
 
 
 def write_initial_model(data: Path, folder: Path, seed: int) -> None:
-    """Writes a tokenizer of Qwen2's kind (byte-level BPE) trained on the sft rows, and a Qwen2 model of about one million random weights."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    words = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1536, special_tokens=[END, PAD], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    rows = map(json.loads, (data / "sft_train.jsonl").read_text(encoding="utf-8").splitlines())
-    tokenizer.train_from_iterator((row["prompt"] + row["completion"] for row in rows), trainer)
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, model_max_length=512)
-    wrapped.chat_template = CHAT_TEMPLATE
-    wrapped.save_pretrained(folder)
-
-    torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=len(wrapped),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=wrapped.eos_token_id,
-        pad_token_id=wrapped.pad_token_id,
-        initializer_range=0.05,
-    )
-    Qwen2ForCausalLM(config).float().save_pretrained(folder)
+    """Writes a byte-level BPE tokenizer trained on the sft rows, and a Qwen2 model of about one million random weights."""
+    texts = row_texts(data / "sft_train.jsonl")
+    write_model(folder, texts, vocab=1536, layers=4, hidden=128, positions=512, seed=seed, chat_template=CHAT_TEMPLATE)
 
 
 def train_model(data: Path, work: Path, seed: int, overrides: list[str]) -> None:

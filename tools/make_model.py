@@ -12,8 +12,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 
@@ -23,7 +24,10 @@ def write_model(
 ) -> None:
     """Writes tokenizer, configuration and random weights as a Hugging Face folder; heads are 32 wide, two of them share keys and values."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # As Qwen2's own: transformers splits the words of a qwen2 folder so, whatever its tokenizer.json says.
+    tokenizer.normalizer = normalizers.NFC()
+    words = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=[END, PAD], initial_alphabet=alphabet, show_progress=False)
@@ -56,7 +60,7 @@ def row_texts(path: Path) -> Iterable[str]:
         if not line.strip():
             continue
         row = json.loads(line)
-        yield " ".join(str(row[key]) for key in ("prompt", "completion", "chosen") if key in row)
+        yield "".join(str(row[key]) for key in ("prompt", "completion", "chosen") if key in row)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -142,6 +142,8 @@ def _lay_out(pairs: list[TokenPair], extra_keys: list[str], share_prompt: bool, 
     query = target - 1
     shared = (second > 0) & (again == 0)
     query[np.searchsorted(target, second_at[shared])] = prompt_at[shared] + prompt[shared] - 1
+    trained = _trained(pairs)
+    target, query, cell = target[trained], query[trained], np.repeat(np.arange(2 * len(pairs)), length.reshape(-1, 2)[:, 1])[trained]
 
     side_segments = [
         np.stack([prompt_at, prompt + first, prompt_at, 0 * prompt], axis=1),
@@ -155,8 +157,15 @@ def _lay_out(pairs: list[TokenPair], extra_keys: list[str], share_prompt: bool, 
         segments_S=torch.from_numpy(segments[segments[:, 1] > 0]),
         query_index_K=torch.from_numpy(query),
         target_ids_K=torch.from_numpy(tokens[target]),
-        cell_K=torch.from_numpy(np.repeat(np.arange(2 * len(pairs)), length.reshape(-1, 2)[:, 1])),
+        cell_K=torch.from_numpy(cell),
         preference_P=torch.tensor([pair.preference for pair in pairs], dtype=torch.float32),
         num_padding=num_padding,
         extras_P={key: torch.tensor([pair.extras[key] for pair in pairs], dtype=torch.float32) for key in extra_keys},
     )
+
+
+def _trained(pairs: Sequence[TokenPair]) -> np.ndarray:
+    """[tokens of all completions] whether each is trained."""
+    sides = [side for pair in pairs for side in ((pair.first_ids, pair.first_mask), (pair.second_ids, pair.second_mask))]
+    masks = [np.ones(len(ids), dtype=bool) if mask is None else np.asarray(mask, dtype=bool) for ids, mask in sides]
+    return np.concatenate([np.zeros(0, dtype=bool), *masks])

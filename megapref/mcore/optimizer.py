@@ -41,6 +41,8 @@ def build_optimizer(chunks: list[DistributedDataParallel], optimizer: config.Opt
     with cpu.core_calls():
         built = get_megatron_optimizer(options, chunks)
     for part in built.chained_optimizers:
+        for group in part.optimizer.param_groups:
+            group["weight_decay"] *= group["wd_mult"]  # 0 for norms and biases; left to the scheduler in Core, which is not used here
         if isinstance(part.optimizer, torch.optim.AdamW):  # neither Transformer Engine nor apex: torch's own single-pass kernel
             for group in part.optimizer.param_groups:
                 group["fused"], group["foreach"] = True, False

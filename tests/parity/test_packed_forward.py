@@ -45,10 +45,10 @@ def packed_dpo(folder: str, beta: float, layout: dict, share_prompt: bool, max_t
 
     from megapref import losses
     from megapref.config import Optimizer, Parallel, Precision
-    from megapref.data.packing import pack
-    from megapref.mcore import setup
     from megapref.convert.families import read_spec
     from megapref.convert.hf import load_hf
+    from megapref.data.packing import pack
+    from megapref.mcore import setup
     from megapref.mcore.model import build_model
     from megapref.mcore.optimizer import build_optimizer, wrap_for_training
     from megapref.mcore.step import TrainState, score_packs, train_step

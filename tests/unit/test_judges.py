@@ -43,7 +43,7 @@ def test_higher_score_is_preferred():
     [([1.0], "1 values"), (None, "NoneType"), ([math.nan, 1, 1, 1], "nan"), (["good", 1, 1, 1], "'good'"), ([math.inf, 0, 0, 0], "inf")],
 )
 def test_a_wrong_reward_is_named(values, said):
-    with pytest.raises(ValueError, match="reward.mine") as caught:
+    with pytest.raises(ValueError, match=r"reward\.mine") as caught:
         decide_by_rewards({"mine": (lambda p, c: values, 1.0)}, 0.0, "skip")(PROMPTS, DONE, OPEN)
     assert said in str(caught.value)
 

@@ -152,3 +152,13 @@ def test_the_answer_depends_on_nothing_but_the_step():
 def test_impossible_steps_are_refused(pairs, options, message):
     with pytest.raises(ValueError, match=message):
         pack(pairs, **options)
+
+
+@pytest.mark.parametrize("share_prompt", [True, False])
+def test_masked_tokens_are_seen_but_not_trained(share_prompt):
+    plain = TokenPair([1, 2], [3, 4, 5], [6, 7])
+    masked = TokenPair([1, 2], [3, 4, 5], [6, 7], first_mask=[True, False, True])
+    ((whole,),), ((part,),) = (pack([pair], max_tokens=64, share_prompt=share_prompt) for pair in (plain, masked))
+    assert part.token_ids_T.tolist() == whole.token_ids_T.tolist() and part.segments_S.tolist() == whole.segments_S.tolist()
+    assert part.target_ids_K.tolist() == [3, 5, 6, 7] and part.cell_K.tolist() == [0, 0, 1, 1]
+    assert part.query_index_K.tolist() == [q for i, q in enumerate(whole.query_index_K.tolist()) if i != 1]
