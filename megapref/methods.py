@@ -6,7 +6,7 @@ from typing import Any
 
 from megapref.batch import Loss
 from megapref.config import Config, Plugin, WeightedPlugin
-from megapref.losses import needs_reference
+from megapref.losses.combined import needs_reference, parts
 from megapref.plugins import load_plugin, params_by_epoch
 from megapref.schema import build
 
@@ -16,7 +16,11 @@ def load_losses(loss: Plugin) -> list[Loss]:
 
     `params.losses` of a weighted list holds {function, params, weight} entries. ValueError names every function or parameter that is wrong.
     """
-    return [_load(loss.function, params, "loss") for params in params_by_epoch(loss.function, loss.params, "loss")]
+    losses = [_load(loss.function, params, "loss") for params in params_by_epoch(loss.function, loss.params, "loss")]
+    for part in parts(losses[0]):
+        if part.__module__ == "megapref.losses.unpaired":
+            raise ValueError(f'loss.function="{loss.function}" is of single labelled completions, which no source yields yet; use a loss of pairs')
+    return losses
 
 
 def _load(function: str, params: dict[str, Any], key: str) -> Loss:

@@ -21,7 +21,7 @@ from megapref.config import Config, to_yaml
 from megapref.convert.families import read_spec
 from megapref.convert.hf import export_hf, find_model, fingerprint, load_hf
 from megapref.data.chat import load_tokenizer
-from megapref.losses import parts
+from megapref.losses.combined import parts
 from megapref.mcore import checkpoint, reference, setup
 from megapref.mcore.batch_wide import fill_batch_wide
 from megapref.mcore.model import build_model

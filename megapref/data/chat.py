@@ -55,6 +55,8 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> PreTrainedTok
     """
     pieces = _sentencepiece_file(Path(path))
     tokenizer = from_sentencepiece(pieces) if pieces else _from_hugging_face(path)
+    if tokenizer.vocab_size <= len(tokenizer.all_special_ids):  # what transformers makes of a folder without tokenizer files
+        raise ValueError(f"model.tokenizer={path}: has no vocabulary; give a folder with tokenizer.json, or a hub name")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"model.tokenizer={path}: has no EOS token, so no completion could end; set eos_token in tokenizer_config.json")
     if not tokenizer.is_fast:

@@ -11,7 +11,7 @@ What a loss needs besides its pack is marked on its function: `terms.reference_f
 """
 
 from megapref.losses.batch_wide import aot, aot_unpaired
-from megapref.losses.combined import combine, needs_reference, parts
+from megapref.losses.combined import combine
 from megapref.losses.online import nash_md, xpo
 from megapref.losses.pairs import (
     apo_down,
@@ -59,9 +59,7 @@ __all__ = [
     "kto",
     "nash_md",
     "nca_pair",
-    "needs_reference",
     "orpo",
-    "parts",
     "robust",
     "rpo_bwd_kl",
     "rpo_fwd_kl",

@@ -326,6 +326,11 @@ def test_a_list_of_numbers_gives_a_parameter_in_each_epoch():
         load_losses(small("loss.params.beta=[0.5,0]").loss)
 
 
+def test_a_loss_of_single_completions_is_refused():
+    with pytest.raises(ValueError, match=r'loss.function="losses:kto" is of single labelled completions'):
+        check_plugins(small("loss.function=losses:kto", "~loss.params"))
+
+
 def test_a_weighted_list_of_losses_is_checked_entry_by_entry():
     (loss,) = load_losses(small("loss=mpo").loss)
     assert [(part.func.__name__, weight) for part, weight in loss.keywords["losses"]] == [("dpo", 0.8), ("bco_pair", 0.2), ("sft", 1.0)]
