@@ -1,0 +1,181 @@
+"""Times whole training steps of TRL's DPOTrainer and of megapref on the same model and rows, one process and one thread a run.
+
+TRL lives in an environment of its own, never in the product's (freeze_losses.py says how to make it). Inputs, then as many runs as wanted of
+each side, in turns; every run adds a line of JSON to DIR/runs.jsonl, of which `table` takes medians:
+
+    python tests/parity/trl/time_trainer.py inputs DIR
+    trl_env/bin/python tests/parity/trl/time_trainer.py trl DIR --micro-batch 2
+    python tests/parity/trl/time_trainer.py megapref DIR
+    python tests/parity/trl/time_trainer.py table DIR
+
+Both make the same optimizer steps on the same pairs in the same order. `--reference precomputed` has the reference's log-probabilities ready
+before the clock starts; TRL then holds no reference model. Memory is the most resident memory while training, less what the process held
+with its models loaded and nothing else. TRL's rows are token ids: it is spared tokenization.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from statistics import median
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[3]
+BETA, LR, CLIP_GRAD = 0.1, 1e-5, 1.0
+
+
+class Meter:
+    """CPU seconds of every step, and the memory added since it was made."""
+
+    def __init__(self):
+        Path("/proc/self/clear_refs").write_text("5")  # resident memory becomes its own peak
+        self._base, self.steps = resident("VmRSS"), []
+
+    def start(self) -> None:
+        self._started = time.process_time()
+
+    def stop(self) -> None:
+        self.steps.append(time.process_time() - self._started)
+
+    def added_bytes(self) -> int:
+        return resident("VmHWM") - self._base
+
+
+def resident(field: str) -> int:
+    """Bytes of resident memory, now (VmRSS) or at its peak (VmHWM)."""
+    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def make_inputs(options: argparse.Namespace) -> None:
+    """The random model and the synthetic pairs of tools/benchmark.py."""
+    sys.path.append(str(ROOT / "tools"))
+    from benchmark_inputs import make_model, synthetic_pairs
+
+    torch.manual_seed(0)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    make_model(options.folder / "model", 6, 256)
+    pairs = synthetic_pairs(options.pairs, 8192, 0)
+    rows = [{"prompt_ids": pair.prompt_ids, "chosen_ids": pair.first_ids, "rejected_ids": pair.second_ids} for pair in pairs]
+    (options.folder / "rows.json").write_text(json.dumps(rows))
+
+
+def read_rows(options: argparse.Namespace) -> list[dict]:
+    return json.loads((options.folder / "rows.json").read_text())[: options.batch * (options.warmup + options.steps)]
+
+
+def time_trl(options: argparse.Namespace) -> tuple[Meter, list]:
+    from freeze_trace import token_trainer
+    from transformers import TrainerCallback
+
+    precomputed = options.reference == "precomputed"
+    split = {"per_device_train_batch_size": options.micro_batch, "gradient_accumulation_steps": options.batch // options.micro_batch}
+    adam = {"learning_rate": LR, "lr_scheduler_type": "constant", "max_grad_norm": CLIP_GRAD, "weight_decay": 0.0}
+    run = {"beta": BETA, "max_steps": options.warmup + options.steps, "precompute_ref_log_probs": precomputed}
+    with tempfile.TemporaryDirectory() as output:
+        trainer = token_trainer(str(options.folder / "model"), read_rows(options), output, **split, **adam, **run)
+        meter = Meter()
+
+        class Clock(TrainerCallback):
+            def on_step_begin(self, *_, **__):
+                meter.start()
+
+            def on_step_end(self, *_, **__):
+                meter.stop()
+
+        trainer.add_callback(Clock())
+        trainer.train()
+    return meter, [(logs["loss"], logs["grad_norm"]) for logs in trainer.state.log_history if "loss" in logs]
+
+
+def time_megapref(options: argparse.Namespace) -> tuple[Meter, list]:
+    from functools import partial
+
+    from megapref import config, losses
+    from megapref.batch import TokenPair
+    from megapref.convert.families import read_spec
+    from megapref.convert.hf import load_hf
+    from megapref.data.packing import pack
+    from megapref.mcore import reference, setup, step
+    from megapref.mcore.model import build_model
+    from megapref.mcore.optimizer import build_optimizer, wrap_for_training
+
+    setup.start(config.Parallel(), 0)
+    spec = read_spec(options.folder / "model")
+
+    def load():
+        chunks = build_model(spec, config.Parallel(), torch.float32)
+        load_hf(chunks, spec, options.folder / "model")
+        return chunks
+
+    def pack_batch(start: int):
+        return pack(pairs[start : start + options.batch], max_tokens=options.max_tokens)[0]
+
+    pairs = [TokenPair(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in read_rows(options)]
+    frozen, ready = reference.freeze(load()), {}
+    if options.reference == "precomputed":
+        ready = {start: reference.fill_reference(frozen, pack_batch(start)) for start in range(0, len(pairs), options.batch)}
+        frozen = None
+    policy = load()
+    meter, outcomes = Meter(), []
+    policy = wrap_for_training(policy)
+    state = step.TrainState(policy, build_optimizer(policy, config.Optimizer(lr=LR, clip_grad=CLIP_GRAD), config.Precision()))
+    for start in range(0, len(pairs), options.batch):
+        meter.start()
+        packs = ready[start] if ready else reference.fill_reference(frozen, pack_batch(start))
+        metrics = step.train_step(state, packs, partial(losses.dpo, beta=BETA), LR)
+        meter.stop()
+        outcomes.append((metrics["loss"], metrics["grad_norm"]))
+    setup.stop()
+    return meter, outcomes
+
+
+def show_table(options: argparse.Namespace) -> None:
+    """Medians over runs, having checked that all runs of the same batch made the same steps."""
+    runs, first = defaultdict(list), {}
+    for line in (options.folder / "runs.jsonl").read_text().splitlines():
+        run = json.loads(line)
+        expected = first.setdefault(run["batch"], run["outcomes"])
+        steps = zip(expected, run["outcomes"], strict=False)
+        assert all(math.isclose(*both, rel_tol=1e-3) for step in steps for both in zip(*step, strict=True)), f"not the steps of the first run: {line}"
+        runs[run["reference"], run["batch"], run["side"], run["part"]].append(run)
+    for (reference, batch, side, part), same in sorted(runs.items()):
+        speeds = [batch * len(run["cpu_seconds"]) / sum(run["cpu_seconds"]) for run in same]
+        added = median(run["added_bytes"] for run in same) / 2**20
+        speed = f"{median(speeds):.2f} pairs per CPU second ({min(speeds):.2f} to {max(speeds):.2f})"
+        print(f"{reference} reference, batch {batch}, {side}, {part}: {speed}, {added:,.0f} MiB added, {len(same)} runs")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("what", choices=("inputs", "trl", "megapref", "table"))
+    add("folder", type=Path, metavar="DIR")
+    add("--pairs", type=int, default=1024, help="of the inputs")
+    add("--batch", type=int, default=8, help="pairs an optimizer step")
+    add("--micro-batch", type=int, default=8, help="pairs a forward pass of TRL, padded to the longest of them")
+    add("--max-tokens", type=int, default=4096, help="of a pack of megapref")
+    add("--reference", choices=("live", "precomputed"), default="live")
+    add("--steps", type=int, default=8, help="that count")
+    add("--warmup", type=int, default=1, help="steps before them")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.what in ("inputs", "table"):
+        return (make_inputs if options.what == "inputs" else show_table)(options)
+    meter, outcomes = (time_trl if options.what == "trl" else time_megapref)(options)
+    part = f"{options.micro_batch} pairs padded" if options.what == "trl" else f"packs of {options.max_tokens}"
+    run = {"side": options.what, "part": part, "reference": options.reference, "batch": options.batch}
+    run |= {"cpu_seconds": meter.steps[options.warmup :], "added_bytes": meter.added_bytes(), "load": os.getloadavg()[0], "outcomes": outcomes}
+    with (options.folder / "runs.jsonl").open("a") as log:
+        log.write(json.dumps(run) + "\n")
+    return None
+
+
+if __name__ == "__main__":
+    main()
