@@ -141,6 +141,11 @@ def _method(cfg: Config) -> Iterator[str]:
             f'reference.mode="{reference.mode}", but method.candidates="policy_reference" samples from the reference; '
             "use reference.mode=resident or method.candidates=policy_policy"
         )
+    if reference.mode != "resident" and method.pairs == "online" and cfg.data.validation:
+        yield (
+            f'reference.mode="{reference.mode}", but data.validation names prompts on which an online run is compared with its reference; '
+            "use reference.mode=resident or ~data.validation"
+        )
 
 
 def _optimizer(cfg: Config) -> Iterator[str]:

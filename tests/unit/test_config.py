@@ -262,6 +262,11 @@ def test_several_mistakes_are_listed_together():
             1,
             ['method.candidates="policy_reference" samples from the reference; use reference.mode=resident'],
         ),
+        (
+            ["reference.mode=free", "data.validation={held_out: {path: rows.jsonl}}"],
+            1,
+            ['reference.mode="free", but data.validation names prompts', "use reference.mode=resident or ~data.validation"],
+        ),
     ],
 )
 def test_bad_combinations(overrides, world_size, parts):
