@@ -56,7 +56,7 @@ def test_recipe_group_and_defaults():
 def test_shipped_recipes(name):
     cfg = load(name, ["model.path=model", "data.train=[{path: rows.jsonl}]", "~data.validation.demo"])
     assert cfg.run.dir == f"runs/{name}" and (name == "sft") == (cfg.loss.function == "losses:sft")
-    assert (cfg.method.pairs == "online") == name.startswith("online")
+    assert (cfg.method.pairs == "online") == name.startswith(("online", "xpo"))
     check_plugins(cfg)
 
 
