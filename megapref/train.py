@@ -214,7 +214,10 @@ def _checkpoint_to_resume(cfg: Config) -> Path | None:
 def _make_run_dir(cfg: Config, resume_from: Path | None) -> None:
     run_dir = Path(cfg.run.dir)
     if cfg.save.export and resume_from is None and (run_dir / "hf").exists():
-        raise ValueError(f"run.dir={run_dir}: its hf/, where the final model goes, exists already; use another run.dir or save.export=false")
+        raise ValueError(
+            f"run.dir={run_dir}: its hf/, where the final model goes, exists already; use run.resume=auto to go on with that run, "
+            "another run.dir, or save.export=false"
+        )
     # From a checkpoint of another run a new one starts, in a directory of its own.
     is_own = cfg.run.resume == "auto" or (resume_from is not None and run_dir.resolve() in resume_from.resolve().parents)
     runlog.create_run_dir(run_dir, to_yaml(cfg), resume=is_own)
