@@ -40,16 +40,18 @@ def transformers_dpo(folder, beta: float, scale: float = 0.3):
 
 
 def packed_dpo(folder: str, beta: float, layout: dict, share_prompt: bool, max_tokens: int):
-    """The same through packs in a layout; sums [P, 2] in the order of the step's pairs, loss, norm of the gradient."""
+    """The same through packs in a layout: sums of completions, sorted, where the last stage is; loss, norm of the gradient, number of packs;
+    on one process the gradients by transformers' names."""
     from functools import partial
 
     from megapref import losses
     from megapref.config import Optimizer, Parallel, Precision
+    from megapref.convert import mapping
     from megapref.convert.families import read_spec
     from megapref.convert.hf import load_hf
     from megapref.data.packing import pack
     from megapref.mcore import setup
-    from megapref.mcore.model import build_model
+    from megapref.mcore.model import build_model, named_weights
     from megapref.mcore.optimizer import build_optimizer, wrap_for_training
     from megapref.mcore.step import TrainState, score_packs, train_step
 
@@ -62,10 +64,16 @@ def packed_dpo(folder: str, beta: float, layout: dict, share_prompt: bool, max_t
     multiple = parallel.tensor if parallel.sequence else 1
     packs = pack(some_pairs(), max_tokens=max_tokens, num_ranks=setup.data_parallel_size(), share_prompt=share_prompt, pad_multiple=multiple)
     mine = packs[setup.data_parallel_rank()]
-    logps = [None if scored is None else scored.tolist() for scored in score_packs(chunks, mine)]
-    state = TrainState(chunks, build_optimizer(chunks, Optimizer(lr=0.0), Precision()))
+    scored = zip(score_packs(chunks, mine), mine, strict=True)
+    sums = [torch.zeros(2 * batch.num_pairs).index_add(0, batch.cell_K, logps) for logps, batch in scored if logps is not None]
+    state = TrainState(chunks, build_optimizer(chunks, Optimizer(lr=0.0, clip_grad=1e9), Precision()))
     metrics = train_step(state, mine, partial(losses.dpo, beta=beta), lr=0.0)
-    return logps, metrics["loss"], metrics["grad_norm"], len(packs[0])
+    gradients = {}
+    for core_name, layer, parameter in named_weights(chunks) if torch.distributed.get_world_size() == 1 else ():
+        kind, names = spec.weights[core_name]
+        for name, gradient in zip(names, mapping.from_shards(kind, [parameter.main_grad], spec), strict=True):
+            gradients[name.format(layer=layer)] = gradient.clone()
+    return torch.cat(sums).sort().values if sums else None, metrics["loss"], metrics["grad_norm"], len(packs[0]), gradients
 
 
 LAYOUTS = [
@@ -89,13 +97,16 @@ def test_packed_step_equals_transformers(checkpoint, layout, share_prompt):
     folder, (logps_P2, loss, gradients) = checkpoint
     world = layout.get("tensor", 1) * layout.get("pipeline", 1)
     for result in run_distributed(packed_dpo, world, folder, 0.1, layout, share_prompt, 180):
-        logps, packed_loss, grad_norm, num_packs = result
+        sums, packed_loss, grad_norm, num_packs, packed_gradients = result
         assert num_packs > 1
         assert packed_loss == pytest.approx(loss, rel=1e-5)
         norm = torch.sqrt(sum(g.double().pow(2).sum() for g in gradients.values())).item()
         assert grad_norm == pytest.approx(norm, rel=1e-5)
-        if logps[0] is not None:
-            assert sum(map(sum, logps)) == pytest.approx(logps_P2.sum().item(), rel=1e-5)
+        if sums is not None:
+            torch.testing.assert_close(sums, logps_P2.flatten().sort().values, rtol=1e-5, atol=0)
+        assert packed_gradients.keys() == (gradients.keys() if world == 1 else set())
+        for name, gradient in packed_gradients.items():
+            assert (gradient - gradients[name]).norm() <= 1e-5 * gradients[name].norm(), name
 
 
 def test_data_parallel_equals_one_process_whatever_the_packing(checkpoint):
