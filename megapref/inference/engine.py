@@ -16,27 +16,25 @@ from megapref.mcore.generation import Engine
 def make_generate(
     engines: dict[str, Engine], generation: Generation, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> Callable[..., list[Completion]]:
-    """`generate(prompts, model, *, step, side, sampling=None)`: one completion of `model` ("policy", "reference") for each prompt.
+    """`generate(prompts, model, *, step, side)`: one completion of `model` ("policy", "reference") for each prompt.
 
-    A sample is a function of (seed, step, prompt index, side) and the weights. Completions end after their first stop token, which is kept.
+    A sample is a function of (seed, step, prompt index, side) and the weights. Completions end after their first end-of-text token, which is kept.
     """
-    stop_ids = [tokenizer.eos_token_id]
-    default = Sampling(generation.temperature, generation.top_k, generation.top_p)
+    sampling = Sampling(generation.temperature, generation.top_k, generation.top_p)
 
-    def generate(prompts: list[Prompt], model: str, *, step: int, side: int | list[int], sampling: Sampling | None = None) -> list[Completion]:
+    def generate(prompts: list[Prompt], model: str, *, step: int, side: int | list[int]) -> list[Completion]:
         request_keys = keys(seed, step, np.array([prompt.index for prompt in prompts], np.int64), side)
 
         def draw(logits, requests, positions):
-            return sample(logits, uniforms(request_keys[requests], positions), sampling or default)
+            return sample(logits, uniforms(request_keys[requests], positions), sampling)
 
-        ids = engines[model].generate([list(prompt.ids) for prompt in prompts], draw, generation.max_new_tokens, stop_ids[0])
-        return [_completion(one, tokenizer, stop_ids) for one in ids]
+        ids = engines[model].generate([list(prompt.ids) for prompt in prompts], draw, generation.max_new_tokens, tokenizer.eos_token_id)
+        return [_completion(one, tokenizer) for one in ids]
 
     return generate
 
 
-def _completion(ids: list[int], tokenizer, stop_ids: list[int]) -> Completion:
-    end = next((i for i, token in enumerate(ids) if token in stop_ids), None)
-    finished = end is not None
-    ids = ids[: end + 1] if finished else ids
+def _completion(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Completion:
+    finished = tokenizer.eos_token_id in ids
+    ids = ids[: ids.index(tokenizer.eos_token_id) + 1] if finished else ids
     return Completion(ids=ids, text=tokenizer.decode(ids, skip_special_tokens=True), finished=finished)

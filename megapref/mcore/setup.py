@@ -63,11 +63,6 @@ def data_parallel_size() -> int:
     return parallel_state.get_data_parallel_world_size()
 
 
-def is_last_stage() -> bool:
-    """Whether this process holds the last pipeline stage, where log-probabilities and losses are."""
-    return parallel_state.is_pipeline_last_stage()
-
-
 def gather_over_data_parallel(value: Any) -> list[Any]:
     """`value` of every data-parallel rank, in rank order, on every rank."""
     gathered = [None] * data_parallel_size()

@@ -84,7 +84,7 @@ def run_packs(
     Returns the results in pack order on the last stage, an empty list before it.
     """
     iterator = iter(packs)
-    # Core's bookkeeping makes small tensors on "the GPU"; the model's own work is done inside `_without_overrides`.
+    # Core's bookkeeping makes small tensors on "the GPU"; the model's own work is done inside `plain_torch()`.
     with cpu.core_calls():
         return get_forward_backward_func()(
             forward_step_func=partial(_forward_step, consume),
@@ -99,7 +99,7 @@ def run_packs(
 
 def _forward_step(consume, iterator: Iterator[PackedBatch], chunk: torch.nn.Module):
     pack = to_device(next(iterator))
-    with torch._C.DisableTorchFunction():  # no device to rewrite in here, and the rewriting costs on every torch call
+    with cpu.plain_torch():
         output = forward_pack(chunk, pack)
 
     def finish(hidden: Tensor):
