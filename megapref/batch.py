@@ -39,7 +39,8 @@ class Completion:
 class TokenPair:
     """A prompt with two completions. `preference` is P(first is better); an empty `second_ids` trains on the first alone.
 
-    A mask says of each token of its completion whether it is trained; None: all are.
+    A mask says of each token of its completion whether it is trained; None: all are. `ref_logps`, where the reference's log-probabilities are
+    known already, are of the trained tokens, the first side's before the second's.
     """
 
     prompt_ids: Sequence[int]
@@ -49,27 +50,40 @@ class TokenPair:
     extras: dict[str, float] = field(default_factory=dict)
     first_mask: Sequence[bool] | None = None
     second_mask: Sequence[bool] | None = None
+    ref_logps: Sequence[float] | None = None
+
+
+@dataclass(frozen=True)
+class TokenCompletion:
+    """A prompt with one completion that is desirable or not: the sibling of `TokenPair` for methods that need no pairs."""
+
+    prompt_ids: Sequence[int]
+    ids: Sequence[int]
+    desirable: bool
+    mask: Sequence[bool] | None = None
+    ref_logps: Sequence[float] | None = None  # of the trained tokens
 
 
 @dataclass(frozen=True)
 class PairBatch:
     """What a pair source yields for one optimizer step: this data-parallel rank's share of the pairs and what is worth logging of their making.
 
-    `sums` maps a metric name to (sum, count); `samples` are rows for the table of completions.
+    `sums` maps a metric name to (sum, count); `samples` are rows for the table of completions. Methods without pairs have `TokenCompletion`s.
     """
 
     step: int
-    pairs: list[TokenPair]
+    pairs: list[TokenPair] | list[TokenCompletion]
     sums: dict[str, tuple[float, float]] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Pairs laid out in one sequence of T tokens.
+    """Pairs, or single completions, laid out in one sequence of T tokens.
 
     A segment (query start, query length, prefix start, prefix length) is a run of tokens that attends to its prefix wholly and to itself causally.
-    Completion token k is predicted by hidden state `query_index_K[k]`; `cell_K` = 2 * pair + side says whose token it is.
+    Completion token k is predicted by hidden state `query_index_K[k]`; `cell_K` says whose token it is: 2 * pair + side, or the number of the
+    completion. `preference_P` is there for pairs, `desirable_C` for single completions.
     """
 
     token_ids_T: Tensor
@@ -78,25 +92,31 @@ class PackedBatch:
     query_index_K: Tensor
     target_ids_K: Tensor
     cell_K: Tensor
-    preference_P: Tensor  # [P] float32
+    preference_P: Tensor | None = None  # float32
+    desirable_C: Tensor | None = None  # bool
     num_padding: int = 0
     ref_logps_K: Tensor | None = None
-    extras_P: dict[str, Tensor] = field(default_factory=dict)
+    extras: dict[str, Tensor] = field(default_factory=dict)  # of every pair [P], or completion [C]
 
     @property
-    def num_pairs(self) -> int:
-        return len(self.preference_P)
+    def num_rows(self) -> int:
+        """P, or C."""
+        return len(self.desirable_C if self.preference_P is None else self.preference_P)
 
 
 @dataclass(frozen=True)
 class PairLogps:
-    """Log-probabilities of completion tokens, float32, whole whatever the layout. What a loss sees."""
+    """Log-probabilities of completion tokens, float32, whole whatever the layout. What a loss sees.
+
+    `extras_K` has what a loss asked for of each token's distribution: `entropy`, and `log_sum_sq`, the log of the sum of squared probabilities.
+    """
 
     policy_K: Tensor
     ref_K: Tensor
     cell_K: Tensor
     preference_P: Tensor
     extras_P: dict[str, Tensor] = field(default_factory=dict)
+    extras_K: dict[str, Tensor] = field(default_factory=dict)
 
     def sum_by_completion(self, values_K: Tensor) -> Tensor:
         """[P, 2]: values summed over the tokens of each completion."""
@@ -141,7 +161,10 @@ class UnpairedLogps:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """Sums over the pairs of one pack; the step divides them by the global sum of `count`, once."""
+    """Sums over the pairs of one pack; the step divides them by the global sum of `count`, once.
+
+    A metric that is a mean over fewer has their number as "count <name>" beside it.
+    """
 
     loss_sum: Tensor
     count: int
@@ -169,8 +192,18 @@ class ModelSpec:
         return -(-self.vocab_size // tensor_parallel) * tensor_parallel
 
 
-Loss = Callable[..., LossOutput]  # (PairLogps, *, params) -> LossOutput
+Logps = PairLogps | UnpairedLogps
+Loss = Callable[..., LossOutput]  # (PairLogps or UnpairedLogps, *, params) -> LossOutput
 Reward = Callable[..., list[float | None]]  # (list[Prompt], list[Completion], *, params); None abstains
 Judge = Callable[..., list[float | None]]  # (list[Prompt], first, second, *, params) -> P(first is better); None abstains
 Generate = Callable[..., list[Completion]]  # (list[Prompt], model: "policy" | "reference", *, step, side)
 PairSource = Iterator[PairBatch]
+
+
+def needs(loss: Loss) -> frozenset[str]:
+    """What a loss with its parameters bound has to be given besides log-probabilities, by its function's mark `needs(params)`.
+
+    Of each token's distribution: `entropy`, `log_sum_sq`. Of each row: `mean_log_ratio`, the mean of lp - lr in the run so far; `kl`, KTO's baseline.
+    """
+    of_params = getattr(getattr(loss, "func", loss), "needs", None)
+    return frozenset(of_params(getattr(loss, "keywords", {}))) if of_params else frozenset()

@@ -129,6 +129,7 @@ def _lengths(cfg: Config) -> Iterator[str]:
 
 def _method(cfg: Config) -> Iterator[str]:
     method, reference = cfg.method, cfg.reference
+    has_reference = reference.mode in ("resident", "swapped")
     if not cfg.data.train:
         yield "data.train=[] names no source; give data.train=[{path: FILE}] or choose a group such as data=demo"
     if method.pairs == "online" and not cfg.reward and cfg.judge is None:
@@ -136,12 +137,27 @@ def _method(cfg: Config) -> Iterator[str]:
             'method.pairs="online" needs something to judge the samples, and reward={} and judge=null; '
             "give reward.NAME.function=module:name or judge.function=module:name"
         )
-    if reference.mode != "resident" and method.pairs == "online" and method.candidates == "policy_reference":
+    if reference.mode == "cached" and method.pairs == "online":
+        yield (
+            'reference.mode="cached" needs completions that are known before training, but method.pairs="online" samples them; '
+            "use reference.mode=resident or swapped"
+        )
+    if reference.cache is not None and reference.mode != "cached":
+        yield f'reference.cache={show(reference.cache)} is not read with reference.mode="{reference.mode}"; use reference.mode=cached or leave it out'
+    if reference.sync_steps and reference.mode not in ("resident", "swapped"):
+        yield (
+            f'reference.sync_steps={reference.sync_steps} moves the reference, but reference.mode="{reference.mode}" holds none; '
+            "use reference.mode=resident or swapped, or reference.sync_steps=0"
+        )
+    if (cfg.evaluation.patience or cfg.save.keep_best) and cfg.evaluation.metric is None:
+        key = "evaluation.patience" if cfg.evaluation.patience else "save.keep_best"
+        yield f"{key} needs to know what is better; set evaluation.metric, such as validation-default_loss, and evaluation.goal=min or max"
+    if not has_reference and method.pairs == "online" and method.candidates == "policy_reference":
         yield (
             f'reference.mode="{reference.mode}", but method.candidates="policy_reference" samples from the reference; '
             "use reference.mode=resident or method.candidates=policy_policy"
         )
-    if reference.mode != "resident" and method.pairs == "online" and cfg.data.validation:
+    if not has_reference and method.pairs == "online" and cfg.data.validation:
         yield (
             f'reference.mode="{reference.mode}", but data.validation names prompts on which an online run is compared with its reference; '
             "use reference.mode=resident or ~data.validation"

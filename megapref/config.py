@@ -97,6 +97,7 @@ class Method:
 @dataclass(frozen=True)
 class Train:
     steps: Count = 100  # optimizer steps
+    epochs: Positive | None = None  # passes over data.train; takes the place of train.steps
     global_batch_size: Count = 32  # pairs, or prompts of an online method
     max_bad_steps: Count = 3  # non-finite loss or gradient norm: the step is skipped; this many in a row stop the run
 
@@ -109,7 +110,12 @@ class Pack:
 
 @dataclass(frozen=True)
 class Reference:
-    mode: Literal["resident", "free", "none"] = "resident"  # a frozen second copy; its log-probabilities taken as 0; no reference
+    # resident: a frozen second copy; swapped: in CPU memory, takes the policy's place when needed; cached: its log-probabilities are read from
+    # reference.cache, and those that it lacks scored before training; free: they are 0; none
+    mode: Literal["resident", "swapped", "cached", "free", "none"] = "resident"  # how the reference policy is had
+    cache: str | None = None  # folder of cached log-probabilities, may be shared by runs and models; null: run.dir/reference_cache
+    sync_steps: Whole = 0  # TR-DPO (TRL's ref_model_sync_steps): every so many steps the reference moves towards the policy; 0: never
+    mixup_alpha: Annotated[float, "> 0", "<= 1"] = 0.6  # by this share (ref_model_mixup_alpha)
 
 
 @dataclass(frozen=True)
@@ -153,13 +159,28 @@ class Generation:
 class Evaluation:
     every: Whole = 0  # steps; 0: at the start and the end only
     max_prompts: Count | None = None  # of each validation source; null: all
+    metric: str | None = None  # what tells a better model, such as validation-default_loss or eval/win_rate
+    goal: Literal["min", "max"] = "min"  # of that metric
+    patience: Whole = 0  # evaluations in a row without a better value that end the run; 0: it always runs to its end
 
 
 @dataclass(frozen=True)
 class Save:
     every: Whole = 0  # steps; 0: at the end only
     keep: Count = 2  # the newest checkpoints
-    export: bool = True  # write the final weights as a Hugging Face folder, run.dir/hf
+    keep_best: Whole = 0  # those of the best evaluations by evaluation.metric are kept, too; the best is what is exported
+    export: bool = True  # write the final (or best) weights as a Hugging Face folder, run.dir/hf
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Watches whether the chosen completions become unlikely (likelihood displacement), or samples much longer or shorter."""
+
+    action: Literal["warn", "stop", "raise_sft_weight"] = "warn"  # what follows: words; the end; the chosen side's likelihood joins the loss
+    window: Count = 10  # steps that are averaged
+    max_drop: Positive = 0.1  # of the chosen side's log-probability per token, below the reference's or that of the first steps
+    max_length_ratio: Annotated[float, "> 1"] = 2.0  # of samples, against those of the first steps, either way
+    sft_weight: Positive = 0.1  # that raise_sft_weight adds each time
 
 
 @dataclass(frozen=True)
@@ -187,6 +208,7 @@ class Config:
     reward: dict[str, WeightedPlugin] = field(default_factory=dict)  # functions by name; the score is their weighted sum
     judge: Plugin | None = None  # default: judges by the weighted sum of the rewards
     evaluation: Evaluation = field(default_factory=Evaluation)
+    guard: Guard = field(default_factory=Guard)
     save: Save = field(default_factory=Save)
     log: Log = field(default_factory=Log)
 

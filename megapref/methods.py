@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from megapref.batch import Loss
+from megapref.batch import Loss, needs
 from megapref.config import Config, Plugin, WeightedPlugin
-from megapref.losses.combined import needs_reference, parts
+from megapref.losses.combined import is_of_completions, needs_reference
 from megapref.plugins import load_plugin, params_by_epoch
 from megapref.schema import build
 
@@ -16,11 +16,7 @@ def load_losses(loss: Plugin) -> list[Loss]:
 
     `params.losses` of a weighted list holds {function, params, weight} entries. ValueError names every function or parameter that is wrong.
     """
-    losses = [_load(loss.function, params, "loss") for params in params_by_epoch(loss.function, loss.params, "loss")]
-    for part in parts(losses[0]):
-        if part.__module__ == "megapref.losses.unpaired":
-            raise ValueError(f'loss.function="{loss.function}" is of single labelled completions, which no source yields yet; use a loss of pairs')
-    return losses
+    return [_load(loss.function, params, "loss") for params in params_by_epoch(loss.function, loss.params, "loss")]
 
 
 def _load(function: str, params: dict[str, Any], key: str) -> Loss:
@@ -36,7 +32,7 @@ def _load(function: str, params: dict[str, Any], key: str) -> Loss:
 
 def compares_with_reference(cfg: Config) -> bool:
     """Whether the loss needs log-probabilities of a reference model: neither made without one, nor told to take them as 0."""
-    return cfg.reference.mode == "resident" and needs_reference(load_losses(cfg.loss)[0])
+    return cfg.reference.mode not in ("free", "none") and needs_reference(load_losses(cfg.loss)[0])
 
 
 def check_plugins(cfg: Config) -> None:
@@ -49,6 +45,7 @@ def check_plugins(cfg: Config) -> None:
                 f'reference.mode="none", but loss.function="{cfg.loss.function}" compares with a reference; use reference.mode=resident, '
                 "or reference.mode=free to take the reference's log-probabilities as 0"
             )
+        errors += _unpaired(cfg, loss)
     except ValueError as error:
         errors.append(str(error))
     plugins = {f"reward.{name}": plugin for name, plugin in cfg.reward.items()} | ({"judge": cfg.judge} if cfg.judge else {})
@@ -59,3 +56,19 @@ def check_plugins(cfg: Config) -> None:
             errors.append(str(error))
     if errors:
         raise ValueError("\n".join(errors))
+
+
+def _unpaired(cfg: Config, loss: Loss) -> list[str]:
+    """What is wrong with a loss of single completions in this config."""
+    name = f'loss.function="{cfg.loss.function}"'
+    errors = []
+    if is_of_completions(loss):
+        if cfg.method.pairs == "online":
+            errors.append(f'{name} is of single labelled completions, but method.pairs="online" makes pairs; use method.pairs=offline')
+        if cfg.guard.action == "raise_sft_weight":
+            errors.append(f'guard.action="raise_sft_weight" adds the likelihood of the chosen side, and {name} has no sides; use warn or stop')
+        if "kl" in needs(loss) and cfg.train.global_batch_size < 2:
+            errors.append(f"train.global_batch_size=1 leaves {name} no other prompt's completion for its baseline; use at least 2")
+        if "kl" in needs(loss) and cfg.reference.mode == "cached":
+            errors.append(f'reference.mode="cached" has no log-probabilities of the mismatched completions of {name}; use resident or swapped')
+    return errors

@@ -9,18 +9,18 @@ from functools import partial
 from itertools import chain
 
 import numpy as np
-import torch
 from transformers import PreTrainedTokenizerBase
 
-from megapref.batch import Completion, Generate, Loss, PackedBatch, PairBatch, Prompt, TokenPair
+from megapref.batch import Completion, Generate, Loss, PackedBatch, PairBatch, Prompt, TokenCompletion, TokenPair
 from megapref.config import Config, Source
 from megapref.data.mixture import Rows
-from megapref.data.offline import load_pairs, offline_pairs, pair_options
+from megapref.data.offline import load_pairs, mismatched, offline_pairs, pair_options
 from megapref.data.packing import pack, packing_stats
 from megapref.data.prompts import load_prompts, prompt_batches, prompt_options
 from megapref.inference.engine import make_generate
 from megapref.mcore import setup
 from megapref.mcore.generation import Engine
+from megapref.mcore.reference import Reference
 from megapref.mcore.step import TrainState, evaluate_packs
 from megapref.online import judges
 from megapref.online.pairs import evaluate, online_pairs, summarise
@@ -29,6 +29,7 @@ from megapref.plugins import load_plugin
 # Validation prompts are sampled with the noise of this "step", the same at every evaluation and never that of a training step.
 _EVALUATION_STEP = 2**40
 
+Prepare = Callable[[list, Loss], tuple[list[PackedBatch], dict[str, float]]]  # a step's rows -> this rank's packs, with all that the loss needs
 Evaluate = Callable[[], tuple[dict[str, float], list[dict]]]  # metrics of all ranks, rows for the table of samples
 
 
@@ -41,9 +42,12 @@ class Data:
     counts: dict[str, int]
 
 
-def load_data(cfg: Config, tokenizer: PreTrainedTokenizerBase, max_positions: int) -> Data:
-    """All rows that the config names. ValueError for a row that cannot be used, in a pack or in a model of `max_positions`."""
-    load = partial(_load_prompts if cfg.method.pairs == "online" else _load_pairs, cfg, tokenizer)
+def load_data(cfg: Config, tokenizer: PreTrainedTokenizerBase, max_positions: int, unpaired: bool = False) -> Data:
+    """All rows that the config names, single completions where they are to be `unpaired`.
+
+    ValueError for a row that cannot be used, in a pack or in a model of `max_positions`.
+    """
+    load = partial(_load_prompts, cfg, tokenizer) if cfg.method.pairs == "online" else partial(_load_pairs, cfg, tokenizer, unpaired)
     train, counts = load(cfg.data.train)
     validation = {name: load([source])[0][: cfg.evaluation.max_prompts] for name, source in cfg.data.validation.items()}
     longest = longest_sequence(cfg, chain(train, *validation.values()))
@@ -58,9 +62,11 @@ def load_data(cfg: Config, tokenizer: PreTrainedTokenizerBase, max_positions: in
 def longest_sequence(cfg: Config, rows) -> int:
     """The most tokens of a prompt and one completion, read or to be sampled, among prompts or pairs."""
 
-    def length(row: Prompt | TokenPair) -> int:
+    def length(row: Prompt | TokenPair | TokenCompletion) -> int:
         if isinstance(row, Prompt):
             return len(row.ids) + cfg.generation.max_new_tokens
+        if isinstance(row, TokenCompletion):
+            return len(row.prompt_ids) + len(row.ids)
         return len(row.prompt_ids) + max(len(row.first_ids), len(row.second_ids))
 
     return max(map(length, rows))
@@ -70,9 +76,19 @@ def fingerprint(rows: Sequence[Prompt | TokenPair]) -> str:
     """A digest of the rows' tokens, in their order."""
     digest = hashlib.sha256()
     for row in rows:
-        for ids in (row.ids,) if isinstance(row, Prompt) else (row.prompt_ids, row.first_ids, row.second_ids):
+        for ids in _token_lists(row):
             digest.update(np.array([len(ids), *ids], dtype=np.int32).tobytes())
     return digest.hexdigest()[:16]
+
+
+def _token_lists(row: Prompt | TokenPair | TokenCompletion) -> tuple[Sequence[int], ...]:
+    match row:
+        case Prompt():
+            return (row.ids,)
+        case TokenCompletion():
+            return row.prompt_ids, row.ids, [int(row.desirable)]
+        case _:
+            return row.prompt_ids, row.first_ids, row.second_ids
 
 
 def of_epoch(cfg: Config, data: Data, losses: list[Loss], step: int) -> Loss:
@@ -80,7 +96,13 @@ def of_epoch(cfg: Config, data: Data, losses: list[Loss], step: int) -> Loss:
     return losses[min(step * cfg.train.global_batch_size // len(data.train), len(losses) - 1)]
 
 
-def packs_of(cfg: Config, pairs: list[TokenPair]) -> tuple[list[PackedBatch], dict[str, float]]:
+def mismatched_packs(cfg: Config, completions: list[TokenCompletion], max_positions: int) -> list[PackedBatch]:
+    """This rank's packs of the step's completions after prompts that are not theirs."""
+    limit = min(cfg.data.max_length or max_positions, max_positions, _pack_tokens(cfg))
+    return packs_of(cfg, mismatched(completions, limit))[0]
+
+
+def packs_of(cfg: Config, pairs: list[TokenPair] | list[TokenCompletion]) -> tuple[list[PackedBatch], dict[str, float]]:
     """This rank's packs of the step's pairs, and how well all ranks' packs are filled."""
     packs = pack(
         pairs,
@@ -93,24 +115,26 @@ def packs_of(cfg: Config, pairs: list[TokenPair]) -> tuple[list[PackedBatch], di
 
 
 def online_source(
-    cfg: Config, data: Data, state: TrainState, ref: list[torch.nn.Module] | None, tokenizer: PreTrainedTokenizerBase
+    cfg: Config, data: Data, state: TrainState, ref: Reference | None, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Iterator[PairBatch], Evaluate]:
     """Pairs of judged samples from step `state.step` on; evaluation plays the policy against the reference."""
     max_length = longest_sequence(cfg, chain(data.train, *data.validation.values()))
-    engines = {"policy": Engine(state.chunks[0], cfg.generation, max_length)}
+    policy = Engine(state.chunks[0], cfg.generation, max_length)
+    engines = {"policy": policy.generate}
     if ref:
-        engines["reference"] = Engine(ref[0], cfg.generation, max_length)
+        own = policy if ref.swapped else Engine(ref.chunks[0], cfg.generation, max_length)
+        engines["reference"] = ref.during(own.generate)
     generate = make_generate(engines, cfg.generation, tokenizer, cfg.run.seed)
     batches = prompt_batches(data.train, **_deal(cfg, state))
     decide = setup.once_per_model(_decide(cfg, cfg.method.ties))
     source = online_pairs(batches, generate, decide, candidates=cfg.method.candidates, counts=data.counts)
     # A tie is half a win when models are compared, whatever training does with it.
     prompts = list(chain(*data.validation.values())) if ref else []
-    return source, _against_reference(prompts, generate, setup.once_per_model(_decide(cfg, "soft")))
+    return source, _against_reference(prompts, generate, setup.once_per_model(_decide(cfg, "soft")), moves=cfg.reference.sync_steps > 0)
 
 
 def offline_source(
-    cfg: Config, data: Data, state: TrainState, losses: list[Loss], prepare: Callable[[list[PackedBatch], Loss], list[PackedBatch]]
+    cfg: Config, data: Data, state: TrainState, losses: list[Loss], prepare: Prepare
 ) -> tuple[Iterator[PairBatch], Evaluate]:
     """Pairs from files from step `state.step` on; evaluation measures the epoch's loss on the validation pairs."""
 
@@ -118,7 +142,7 @@ def offline_source(
         metrics = {}
         for name, rows in data.validation.items():
             loss = of_epoch(cfg, data, losses, state.step)
-            measured = evaluate_packs(state.chunks, prepare(packs_of(cfg, rows)[0], loss), loss)
+            measured = evaluate_packs(state.chunks, prepare(rows, loss)[0], loss)
             metrics |= {f"validation-{name}_{key}": value for key, value in measured.items()}
         return metrics, []
 
@@ -129,8 +153,8 @@ def _load_prompts(cfg: Config, tokenizer: PreTrainedTokenizerBase, sources: list
     return load_prompts(sources, tokenizer, **prompt_options(cfg, _pack_tokens(cfg)))
 
 
-def _load_pairs(cfg: Config, tokenizer: PreTrainedTokenizerBase, sources: list[Source]) -> tuple[Rows, dict[str, int]]:
-    return load_pairs(sources, tokenizer, **pair_options(cfg, _pack_tokens(cfg)))
+def _load_pairs(cfg: Config, tokenizer: PreTrainedTokenizerBase, unpaired: bool, sources: list[Source]) -> tuple[Rows, dict[str, int]]:
+    return load_pairs(sources, tokenizer, **pair_options(cfg, _pack_tokens(cfg)), unpaired=unpaired)
 
 
 def _pad_multiple(cfg: Config) -> int:
@@ -161,16 +185,16 @@ def _decide(cfg: Config, ties: str) -> judges.Decide:
     return judges.decide_by_judge(load_plugin(cfg.judge.function, cfg.judge.params, "judge"), by_rewards)
 
 
-def _against_reference(prompts: list[Prompt], generate: Generate, decide: judges.Decide) -> Evaluate:
-    """Policy against the frozen reference on validation prompts; the reference's completions are sampled once."""
+def _against_reference(prompts: list[Prompt], generate: Generate, decide: judges.Decide, moves: bool) -> Evaluate:
+    """Policy against the reference on validation prompts; the completions of one that never `moves` are sampled once."""
     mine = prompts[setup.data_parallel_rank() :: setup.data_parallel_size()]
     baseline: list[Completion] = []
 
     def evaluate_now() -> tuple[dict[str, float], list[dict]]:
         if not prompts:
             return {}, []
-        if not baseline:
-            baseline.extend(generate(mine, "reference", step=_EVALUATION_STEP, side=1))
+        if moves or not baseline:
+            baseline[:] = generate(mine, "reference", step=_EVALUATION_STEP, side=1)
         policy = generate(mine, "policy", step=_EVALUATION_STEP, side=0)
         values, rows = evaluate(mine, policy, baseline, decide(mine, policy, baseline))
         gathered = setup.gather_over_data_parallel(values)

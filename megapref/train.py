@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -16,18 +16,20 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from megapref import runlog, sources
-from megapref.batch import Loss, ModelSpec, PackedBatch, PairBatch
+from megapref.batch import Loss, ModelSpec, PackedBatch, PairBatch, needs
+from megapref.caching import with_reference
 from megapref.config import Config, to_yaml
 from megapref.convert.families import read_spec
 from megapref.convert.hf import export_hf, find_model, fingerprint, load_hf
 from megapref.data.chat import load_tokenizer
-from megapref.losses.combined import parts
-from megapref.mcore import checkpoint, reference, setup
-from megapref.mcore.batch_wide import fill_batch_wide
+from megapref.losses.combined import combine, is_of_completions, parts
+from megapref.losses.pairs import sft
+from megapref.mcore import batch_wide, checkpoint, reference, setup
 from megapref.mcore.model import build_model
 from megapref.mcore.optimizer import build_optimizer, learning_rate, wrap_for_training
 from megapref.mcore.step import TrainState, train_step
 from megapref.methods import compares_with_reference, load_losses
+from megapref.progress import Progress, best_steps, evaluated, observed
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -40,7 +42,7 @@ def main(cfg: Config) -> None:
         resume_from = _checkpoint_to_resume(cfg)
         setup.on_first_rank(_make_run_dir)(cfg, resume_from)
         run = build(cfg, resume_from)
-        log = setup.on_first_rank(_open_log)(cfg, run, resume_from) or runlog.RunLog(None, total_steps=cfg.train.steps)
+        log = setup.on_first_rank(_open_log)(cfg, run, resume_from) or runlog.RunLog(None, total_steps=run.total_steps)
         try:
             train(cfg, run, log)
         finally:
@@ -54,12 +56,15 @@ class Run:
     """What a run is made of: the state that training changes, the frozen reference, where pairs come from, how they are judged."""
 
     state: TrainState
+    progress: Progress
+    total_steps: int
     has_reference: bool  # that the loss compares with
     loss_of_step: Callable[[int], Loss]
-    prepare: Callable[[list[PackedBatch], Loss], list[PackedBatch]]  # fills in what the loss needs besides the policy's log-probabilities
+    prepare: sources.Prepare
+    sync_reference: Callable[[], None]
     source: Iterator[PairBatch]
     evaluate: sources.Evaluate
-    export: Callable[[Path], None]
+    export: Callable[[Path | None, Path], None]  # of the checkpoint's weights, or the policy's as they are, to the folder
     identity: dict[str, Any]  # what a resumed run must have in common with the one that wrote its checkpoint
 
 
@@ -75,25 +80,50 @@ def build(cfg: Config, resume_from: Path | None) -> Run:
 
     policy = load()
     has_reference = compares_with_reference(cfg)
+    if has_reference and cfg.reference.mode == "cached":
+        inputs = replace(inputs, data=with_reference(cfg, inputs.folder, policy, inputs.data))
     is_online = cfg.method.pairs == "online"  # its evaluation, and maybe an opponent, samples from the reference
-    ref = reference.freeze(load()) if has_reference or (is_online and cfg.reference.mode == "resident") else None
+    ref = None
+    if cfg.reference.mode in ("resident", "swapped") and (has_reference or is_online):
+        ref = reference.resident(load()) if cfg.reference.mode == "resident" else reference.swapped(policy)
     chunks = wrap_for_training(policy)
-    state = TrainState(chunks, build_optimizer(chunks, cfg.optimizer, cfg.precision))
+    moving = ref if cfg.reference.sync_steps else None
+    state = TrainState(chunks, build_optimizer(chunks, cfg.optimizer, cfg.precision), moving_reference=moving)
+    total_steps, progress = _total_steps(cfg, inputs.data), Progress()
     if resume_from:
-        _check_goes_on(cfg, checkpoint.load_checkpoint(state, resume_from), identity, resume_from)
+        saved = checkpoint.load_checkpoint(state, resume_from)
+        _check_goes_on(saved, identity, resume_from, total_steps)
+        progress = Progress(**saved["progress"])
 
-    def prepare(packs: list[PackedBatch], loss: Loss) -> list[PackedBatch]:
-        if has_reference:
-            packs = reference.fill_reference(ref, packs)
-        return fill_batch_wide(chunks, packs, parts(loss))
+    def with_reference_logps(packs: list[PackedBatch]) -> list[PackedBatch]:
+        return reference.fill_reference(ref, packs) if ref and has_reference else packs
+
+    def prepare(rows: list, loss: Loss) -> tuple[list[PackedBatch], dict[str, float]]:
+        packs, packing = sources.packs_of(cfg, rows)
+        packs = batch_wide.fill_batch_wide(chunks, with_reference_logps(packs), parts(loss))
+        if "mean_log_ratio" in needs(loss):
+            total, count = state.log_ratios
+            packs = batch_wide.with_extra(packs, "mean_log_ratio", total / max(count, 1))
+        if "kl" in needs(loss):
+            others = with_reference_logps(sources.mismatched_packs(cfg, rows, inputs.spec.max_positions))
+            packs = batch_wide.with_extra(packs, "kl", max(0.0, batch_wide.mean_log_ratio(chunks, others)))
+        return packs, packing
+
+    def sync_reference() -> None:
+        if moving and state.step % cfg.reference.sync_steps == 0:
+            reference.synchronise(ref, policy, cfg.reference.mixup_alpha)
+
+    def export(best: Path | None, folder: Path) -> None:
+        if best:
+            checkpoint.load_weights(policy, best)
+        export_hf(policy, inputs.spec, inputs.folder, folder, replace=resume_from is not None)
 
     if is_online:
         source, evaluate = sources.online_source(cfg, inputs.data, state, ref, inputs.tokenizer)
     else:
         source, evaluate = sources.offline_source(cfg, inputs.data, state, inputs.losses, prepare)
     loss_of_step = partial(sources.of_epoch, cfg, inputs.data, inputs.losses)
-    export = partial(export_hf, policy, inputs.spec, inputs.folder, replace=resume_from is not None)
-    return Run(state, has_reference, loss_of_step, prepare, source, evaluate, export, identity)
+    return Run(state, progress, total_steps, has_reference, loss_of_step, prepare, sync_reference, source, evaluate, export, identity)
 
 
 @dataclass(frozen=True)
@@ -112,22 +142,39 @@ def _read_inputs(cfg: Config) -> Inputs:
     folder = find_model(cfg.model.path)
     spec = read_spec(folder)
     tokenizer = load_tokenizer(cfg.model.tokenizer or str(folder), cfg.model.chat_template)
-    return Inputs(losses, folder, spec, tokenizer, sources.load_data(cfg, tokenizer, spec.max_positions))
+    return Inputs(losses, folder, spec, tokenizer, sources.load_data(cfg, tokenizer, spec.max_positions, is_of_completions(losses[0])))
+
+
+def _total_steps(cfg: Config, data: sources.Data) -> int:
+    """The length of the run; a last batch that runs over the end of the last epoch counts."""
+    if cfg.train.epochs is None:
+        return cfg.train.steps
+    steps = math.ceil(cfg.train.epochs * len(data.train) / cfg.train.global_batch_size)
+    if steps <= cfg.optimizer.warmup_steps:
+        raise ValueError(
+            f"train.epochs={cfg.train.epochs:g} of {len(data.train)} rows is {steps} steps, but optimizer.warmup_steps={cfg.optimizer.warmup_steps}; "
+            f"use at most {steps - 1}, or more epochs"
+        )
+    return steps
 
 
 def train(cfg: Config, run: Run, log: runlog.RunLog) -> None:
     """The loop: pairs, packs, reference, step; evaluation, samples and checkpoints when they are due."""
-    state, run_dir = run.state, Path(cfg.run.dir)
+    state, progress, run_dir = run.state, run.progress, Path(cfg.run.dir)
     record = setup.on_first_rank(partial(_record, cfg, log))  # a full disk ends every rank
     is_untrained = state.step == 0
     if is_untrained:
-        record(0, *_evaluate(run), [])
-    while state.step < cfg.train.steps:
+        evaluation, rows = _evaluate(run)
+        evaluated(progress, cfg, 0, evaluation)
+        record(0, evaluation, rows, [])
+    while state.step < run.total_steps and not progress.stopped:
         batch = next(run.source)
         metrics, rows = _step(cfg, run, batch), []
-        last = state.step == cfg.train.steps
+        warnings = observed(progress, cfg, metrics, run.has_reference)
+        last = state.step == run.total_steps or bool(progress.stopped)
         if _due(state.step, cfg.evaluation.every, last):
             evaluation, rows = _evaluate(run)
+            evaluated(progress, cfg, state.step, evaluation)
             metrics |= evaluation
         record(state.step, metrics, rows, batch.samples)
         if metrics["skipped"]:
@@ -136,10 +183,18 @@ def train(cfg: Config, run: Run, log: runlog.RunLog) -> None:
             is_untrained = False
             if run.has_reference:
                 _check_first_update(metrics)
-        if _due(state.step, cfg.save.every, last):
-            checkpoint.save_checkpoint(state, run_dir / "checkpoints", cfg.save.keep, {"made_with": run.identity})
+        for warning in warnings:
+            log.message(f"step {state.step}: {warning}")
+        run.sync_reference()
+        best = best_steps(progress, cfg)
+        if _due(state.step, cfg.save.every, last or bool(progress.stopped)) or state.step in best:
+            extra = {"made_with": run.identity, "progress": asdict(progress)}
+            checkpoint.save_checkpoint(state, run_dir / "checkpoints", cfg.save.keep, extra, protected=best)
+    if progress.stopped:
+        log.message(f"stopped after step {state.step}: {progress.stopped}")
     if cfg.save.export:
-        run.export(run_dir / "hf")
+        best = [checkpoint.path_of(run_dir / "checkpoints", step) for step in best_steps(progress, cfg)[:1] if step != state.step]
+        run.export(*best or [None], run_dir / "hf")
     setup.on_first_rank(log.summary)()
 
 
@@ -156,16 +211,17 @@ def _step(cfg: Config, run: Run, batch: PairBatch) -> dict[str, float]:
     if not pairs:
         run.state.step += 1
         return {"loss": math.nan, "grad_norm": math.nan, "num_pairs": 0.0, "skipped": 1.0} | metrics
-    packs, packing = sources.packs_of(cfg, pairs)
     started = time.perf_counter()
-    loss = run.loss_of_step(run.state.step)
-    packs = run.prepare(packs, loss)
+    loss = epoch_loss = run.loss_of_step(run.state.step)
+    if run.progress.sft_weight:
+        loss = partial(combine, losses=[(epoch_loss, 1.0), (sft, run.progress.sft_weight)])
+    packs, packing = run.prepare(pairs, loss)
     scored = time.perf_counter()
-    metrics = train_step(run.state, packs, loss, learning_rate(run.state.step + 1, cfg.train.steps, cfg.optimizer)) | metrics
+    metrics = train_step(run.state, packs, loss, learning_rate(run.state.step + 1, run.total_steps, cfg.optimizer)) | metrics
     trained = time.perf_counter()
     if "objective/scores" in metrics and "objective/non_score_reward" in metrics:
         metrics["objective/rlhf_reward"] = metrics["objective/scores"] + metrics["objective/non_score_reward"]
-    metrics |= {name: value for name, value in getattr(loss, "keywords", {}).items() if name in ("beta", "alpha")}
+    metrics |= {name: value for name, value in getattr(epoch_loss, "keywords", {}).items() if name in ("beta", "alpha")}
     seconds = trained - started + metrics.get("time/generate", 0.0) + metrics.get("time/judge", 0.0)
     metrics |= {"time/score_reference": scored - started, "time/train": trained - scored}
     return metrics | packing | {"perf/tokens_per_s": packing["pack/tokens"] / seconds, "perf/pairs_per_s": len(pairs) / seconds}
@@ -227,7 +283,7 @@ def _open_log(cfg: Config, run: Run, resume_from: Path | None) -> runlog.RunLog:
     run_dir = Path(cfg.run.dir)
     resumed_at = run.state.step if resume_from else None
     unused = checkpoint.set_aside_after(run_dir / "checkpoints", run.state.step)
-    log = runlog.RunLog(run_dir, total_steps=cfg.train.steps, resumed_at=resumed_at, tensorboard=cfg.log.tensorboard, wandb=cfg.log.wandb)
+    log = runlog.RunLog(run_dir, total_steps=run.total_steps, resumed_at=resumed_at, tensorboard=cfg.log.tensorboard, wandb=cfg.log.wandb)
     if resume_from:
         log.message(f"resumed from {resume_from}")
     for path in unused:
@@ -247,7 +303,7 @@ def _identity(cfg: Config, inputs: Inputs) -> dict[str, Any]:
     }
 
 
-def _check_goes_on(cfg: Config, saved: dict[str, Any], identity: dict[str, Any], path: Path) -> None:
+def _check_goes_on(saved: dict[str, Any], identity: dict[str, Any], path: Path, total_steps: int) -> None:
     """Another seed, data set, order of rows or starting model would be another run, and its curves not those of one."""
     names = {"data.train": "rows with the digest", "model.path": "a model with the digest"}
     wrong = [
@@ -255,8 +311,8 @@ def _check_goes_on(cfg: Config, saved: dict[str, Any], identity: dict[str, Any],
         for key, value in identity.items()
         if (before := saved["made_with"].get(key)) != value
     ]
-    if saved["step"] > cfg.train.steps:
-        wrong.append(f"train.steps={cfg.train.steps} is less than the {saved['step']} steps that the checkpoint has")
+    if saved["step"] > total_steps:
+        wrong.append(f"train.steps={total_steps} is less than the {saved['step']} steps that the checkpoint has")
     if wrong:
         raise ValueError("\n".join([f"cannot resume from {path}:", *wrong, "Set it as it was, or start a new run from an exported model."]))
 

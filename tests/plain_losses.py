@@ -20,7 +20,7 @@ def make_pairs(seed=0, lengths=LENGTHS, preference=PREFERENCE, scale=3.0, dtype=
     policy, ref = -scale * torch.rand(2, len(cells), generator=generator, dtype=dtype)
     count = len(lengths)
     score = torch.tensor(SCORES * (count // len(SCORES) + 1))[:count].to(dtype)
-    extras = {"score_first": score[:, 0], "score_second": score[:, 1], "delta": torch.full((count,), DELTA, dtype=dtype)}
+    extras = {"score_first": score[:, 0], "score_second": score[:, 1], "mean_log_ratio": torch.full((count,), DELTA / B, dtype=dtype)}
     gathered = {name: torch.linspace(-1, 1, count, dtype=dtype) for name in ("aot_reference_gap", "aot_rejected_ratio", "aot_chosen_ratio")}
     return PairLogps(policy, ref, cells, torch.tensor(preference, dtype=dtype), extras | gathered)
 

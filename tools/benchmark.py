@@ -158,7 +158,7 @@ def measure_training(options: argparse.Namespace, folder: Path, spec: ModelSpec,
 
 def own_step(load: Callable, max_tokens: int, clock: Clock) -> Callable[[list[TokenPair]], tuple[float, float]]:
     """A function that makes one whole optimizer step of megapref on the pairs, on the clock, and returns loss and gradient norm."""
-    policy, frozen = wrap_for_training(load()), reference.freeze(load())
+    policy, frozen = wrap_for_training(load()), reference.resident(load())
     state = step.TrainState(policy, build_optimizer(policy, config.Optimizer(lr=LR, clip_grad=CLIP_GRAD), config.Precision()))
     loss = partial(losses.dpo, beta=BETA)
     pack_on_clock = clock.timed("packing", pack)

@@ -135,9 +135,9 @@ def show_packs(
     )
     for number, batch in enumerate(packs[0][: options.packs]):
         tokens = f"{len(batch.token_ids_T)} tokens, {batch.num_padding} of them padding, {len(batch.target_ids_K)} trained"
-        console.print(f"\nPack {number}: {batch.num_pairs} pairs, {tokens}", style="bold")
+        console.print(f"\nPack {number}: {batch.num_rows} pairs, {tokens}", style="bold")
         for pair, runs in groupby(runs_of(batch), key=lambda run: run.pair):
-            extras = "".join(f", {name} {values[pair]:g}" for name, values in sorted(batch.extras_P.items()))
+            extras = "".join(f", {name} {values[pair]:g}" for name, values in sorted(batch.extras.items()))
             console.print(f" pair {pair}: preference {batch.preference_P[pair]:g}{extras}", style="bold")
             for run in runs:
                 _show_run(console, tokenizer, batch, run)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain, count
@@ -11,9 +12,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from megapref.batch import PairBatch, TokenPair
+from megapref.batch import PairBatch, TokenCompletion, TokenPair
 from megapref.data.chat import RenderedRow, TokenizedRow, render, tokenize
-from megapref.data.formats import Tie, preferences_of
+from megapref.data.formats import Tie, preferences_of, unpaired_of
 from megapref.data.mixture import Rows, rows_of, step_rows
 from megapref.data.packing import pair_tokens
 from megapref.data.prompts import cut_prompt
@@ -21,6 +22,7 @@ from megapref.data.rows import BadRow, Location, OnBad, bad_row_handler
 from megapref.data.source import Filtered, SourceLike, check_any, check_filter, read_source
 
 Limits = tuple[int | None, int | None, int | None]
+COUNTERS = ("data/dropped_rows", "data/filtered_rows", "data/truncated_rows", "data/tied_rows")
 
 
 class Emptied(BadRow):
@@ -30,8 +32,30 @@ class Emptied(BadRow):
 
 
 def load_pairs(
-    sources: Sequence[SourceLike],
+    sources: Sequence[SourceLike], tokenizer: PreTrainedTokenizerBase, *, dropped: list[BadRow] | None = None, **options: Any
+) -> tuple[Rows, dict[str, int]]:
+    """All pairs of the sources in order, read with the `options` of `read_pairs`, and how many rows were changed: `COUNTERS`.
+
+    `dropped` is filled with the reasons of all rows that are left out. Extras that not every pair has are left out of all.
+    """
+    dropped = [] if dropped is None else dropped
+    pairs: list[TokenPair] | list[TokenCompletion] = []
+    ends: list[int] = []
+    num_truncated = 0
+    for source in sources:
+        for pair, is_cut in read_pairs(source, tokenizer, dropped, **options):
+            num_truncated += is_cut
+            pairs.append(pair)
+        ends.append(len(pairs))
+    check_any(pairs, sources, dropped)
+    counted = Counter(map(counter_of, dropped)) + Counter({"data/truncated_rows": num_truncated})
+    return rows_of(with_common_extras(pairs), ends, sources), {name: counted[name] for name in COUNTERS}
+
+
+def read_pairs(
+    source: SourceLike,
     tokenizer: PreTrainedTokenizerBase,
+    dropped: list[BadRow],
     *,
     max_length: int | None = None,
     max_prompt_length: int | None = None,
@@ -44,44 +68,39 @@ def load_pairs(
     ties: str = "error",
     train_on: str = "final",
     on_bad_row: str = "error",
-    dropped: list[BadRow] | None = None,
-) -> tuple[Rows, dict[str, int]]:
-    """All pairs of the sources in order, and how many rows were changed: `data/dropped_rows`, `_filtered_rows`, `_truncated_rows`, `_tied_rows`.
+    unpaired: bool = False,
+    arrange: Callable[[Iterator[RenderedRow]], Iterator[RenderedRow]] = iter,
+) -> Iterator[tuple[TokenPair | TokenCompletion, bool]]:
+    """The pairs of one source as they are read, each with whether it was cut; the reasons of rows that are left out are appended to `dropped`.
 
     Token ids are arrays, not lists, for memory's sake. Rows are cut as `truncate` says; one left with nothing to train on is dropped.
     A pair that still takes more than `pack_tokens` in a pack is a bad row. `pairing` and `ties` (error | skip) are for rows that rank,
     `train_on` for completions of several messages; a source's `filter_length` leaves out what is long beside `max_new_tokens`.
-    `dropped` is filled with the reasons of all rows that are left out. Extras that not every pair has are left out of all.
+    With `unpaired` the rows are `TokenCompletion`s: of rows with a label, and of both sides of preference rows. `arrange` may change the order.
     """
-    dropped = [] if dropped is None else dropped
     on_bad = bad_row_handler(on_bad_row, dropped)
-    normalise = partial(_render_pairs, tokenizer, pairing, train_on, bad_row_handler(ties, dropped, "data.ties"))
-    pairs: list[TokenPair] = []
-    ends: list[int] = []
-    num_truncated = 0
-    for source in sources:
-        for row in tokenize(tokenizer, chain.from_iterable(read_source(source, normalise, on_bad))):
-            try:
-                check_filter(source, row.prompt_ids, max_new_tokens, row.row.location)
-                pair, is_cut = _pair(row, (max_length, max_prompt_length, max_completion_length), truncation)
-                _check_room(pair, pack_tokens, share_prompt, row.row.location)
-            except (Filtered, Emptied) as error:
-                dropped.append(error)
-            except BadRow as error:
-                on_bad(error)
-            else:
-                num_truncated += is_cut
-                pairs.append(pair)
-        ends.append(len(pairs))
-    check_any(pairs, sources, dropped)
-    num_filtered, num_tied = (sum(isinstance(error, kind) for error in dropped) for kind in (Filtered, Tie))
-    counts = {"data/dropped_rows": len(dropped) - num_filtered - num_tied, "data/filtered_rows": num_filtered}
-    counts |= {"data/truncated_rows": num_truncated, "data/tied_rows": num_tied}
-    return rows_of(_with_common_extras(pairs), ends, sources), counts
+    render_rows = _render_completions if unpaired else _render_pairs
+    normalise = partial(render_rows, tokenizer, pairing, train_on, bad_row_handler(ties, dropped, "data.ties"))
+    for row in tokenize(tokenizer, arrange(chain.from_iterable(read_source(source, normalise, on_bad)))):
+        try:
+            check_filter(source, row.prompt_ids, max_new_tokens, row.row.location)
+            pair, is_cut = _pair(row, (max_length, max_prompt_length, max_completion_length), truncation)
+            _check_room(pair, pack_tokens, share_prompt, row.row.location)
+        except (Filtered, Emptied) as error:
+            dropped.append(error)
+        except BadRow as error:
+            on_bad(error)
+        else:
+            yield (_completion(pair) if unpaired else pair), is_cut
+
+
+def counter_of(error: BadRow) -> str:
+    """Under which of the `COUNTERS` a row counts that is left out."""
+    return {Filtered: "data/filtered_rows", Tie: "data/tied_rows"}.get(type(error), "data/dropped_rows")
 
 
 def pair_options(cfg: Any, pack_tokens: int) -> dict[str, Any]:
-    """The options of `load_pairs` as a config has them; `pack_tokens` is what a pack has room for."""
+    """The options of `read_pairs` as a config has them; `pack_tokens` is what a pack has room for."""
     names = ("max_length", "max_prompt_length", "max_completion_length", "truncation", "pairing", "ties", "train_on", "on_bad_row")
     options = {name: getattr(cfg.data, name) for name in names}
     new = cfg.generation.max_new_tokens
@@ -98,6 +117,23 @@ def _render_pairs(
     return rendered
 
 
+def _render_completions(
+    tokenizer: PreTrainedTokenizerBase, pairing: str, train_on: str, on_tie: OnBad, row: dict[str, Any], location: Location
+) -> list[RenderedRow]:
+    """Each completion by itself, with its label; the sides of a pair are a desirable and an undesirable one."""
+    if row.get("label") is not None:
+        labelled = unpaired_of(row, location)
+        found = [(labelled.prompt, labelled.completion, labelled.desirable)]
+    else:
+        pairs = preferences_of(row, location, pairing=pairing, on_tie=on_tie)
+        found = [(p.prompt, side, side is p.chosen) for p in pairs for side in (p.chosen, p.rejected) if side is not None]
+    return [render(tokenizer, prompt, (side,), location, {"desirable": float(good)}, train_on) for prompt, side, good in found]
+
+
+def _completion(pair: TokenPair) -> TokenCompletion:
+    return TokenCompletion(pair.prompt_ids, pair.first_ids, bool(pair.extras["desirable"]), pair.first_mask)
+
+
 def _pair(row: TokenizedRow, limits: Limits, truncation: str) -> tuple[TokenPair, bool]:
     """The row as a pair, and whether it was cut; Emptied where nothing is left to train on."""
     location = row.row.location
@@ -112,8 +148,10 @@ def _pair(row: TokenizedRow, limits: Limits, truncation: str) -> tuple[TokenPair
     return replace(pair, **masks), (prompt_ids, kept) != (row.prompt_ids, row.completion_ids)
 
 
-def _with_common_extras(pairs: list[TokenPair]) -> list[TokenPair]:
-    """A pack needs the same extras of all; a loss that misses them says so."""
+def with_common_extras(pairs: list[Any]) -> list[Any]:
+    """The pairs with the extras that all of them have: a pack needs the same of all; a loss that misses one says so."""
+    if not isinstance(pairs[0], TokenPair):
+        return pairs
     names = set.intersection(*(set(pair.extras) for pair in pairs))
     return [pair if len(pair.extras) == len(names) else replace(pair, extras={n: pair.extras[n] for n in sorted(names)}) for pair in pairs]
 

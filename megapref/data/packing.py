@@ -1,25 +1,31 @@
-"""Lays the pairs of one optimizer step out in packs, the same packs on every rank.
+"""Lays the rows of one optimizer step, pairs or single completions, out in packs, the same packs on every rank.
 
-`pack` is a pure function of the step's pairs: every data-parallel rank calls it with all of them and takes its own list.
+`pack` is a pure function of the step's rows: every data-parallel rank calls it with all of them and takes its own list.
 All ranks get the same number of packs (empty ones top up), so that collectives stay in step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from megapref.batch import PackedBatch, TokenPair
+from megapref.batch import PackedBatch, TokenCompletion, TokenPair
 
 
 def pack(
-    pairs: Sequence[TokenPair], *, max_tokens: int, num_ranks: int = 1, share_prompt: bool = True, pad_multiple: int = 1
+    rows: Sequence[TokenPair] | Sequence[TokenCompletion],
+    *,
+    max_tokens: int,
+    num_ranks: int = 1,
+    share_prompt: bool = True,
+    pad_multiple: int = 1,
 ) -> list[list[PackedBatch]]:
     """The packs of every data-parallel rank, `[num_ranks][packs]`, equally many for each.
 
-    A pack holds at most `max_tokens` tokens, padded to a multiple of `pad_multiple`; pairs keep the step's order within a pack.
+    A pack holds at most `max_tokens` tokens, padded to a multiple of `pad_multiple`; rows keep the step's order within a pack.
     With `share_prompt` a pair is `[prompt | first | second]` and the second side attends to the prompt as its prefix;
     without, it is `[prompt | first | prompt | second]`.
     ValueError: a pair that fits in no pack, a pair without prompt or first tokens, pairs with differing extras.
@@ -27,12 +33,18 @@ def pack(
     if max_tokens < pad_multiple:
         raise ValueError(f"pack.max_tokens={max_tokens} is less than {pad_multiple}, which packs are padded to a multiple of; raise it")
     capacity = max_tokens // pad_multiple * pad_multiple
+    # A completion is laid out as a pair without a second side.
+    unpaired = bool(rows) and isinstance(rows[0], TokenCompletion)
+    pairs = [TokenPair(row.prompt_ids, row.ids, first_mask=row.mask, ref_logps=row.ref_logps) for row in rows] if unpaired else rows
     sizes = [pair_tokens(pair, share_prompt=share_prompt) for pair in pairs]
     _check(pairs, sizes, capacity)
     extra_keys = sorted(pairs[0].extras) if pairs else []
 
     def lay_out(group: list[int]) -> PackedBatch:
-        return _lay_out([pairs[i] for i in group], extra_keys, share_prompt, pad_multiple)
+        batch = _lay_out([pairs[i] for i in group], extra_keys, share_prompt, pad_multiple)
+        if not unpaired:
+            return batch
+        return replace(batch, cell_K=batch.cell_K // 2, preference_P=None, desirable_C=torch.tensor([rows[i].desirable for i in group]).bool())
 
     dealt = _deal(_group(sizes, capacity, num_ranks), sizes, num_ranks)
     return [[lay_out(group) for group in groups] for groups in dealt]
@@ -160,8 +172,19 @@ def _lay_out(pairs: list[TokenPair], extra_keys: list[str], share_prompt: bool, 
         cell_K=torch.from_numpy(cell),
         preference_P=torch.tensor([pair.preference for pair in pairs], dtype=torch.float32),
         num_padding=num_padding,
-        extras_P={key: torch.tensor([pair.extras[key] for pair in pairs], dtype=torch.float32) for key in extra_keys},
+        ref_logps_K=_known_ref_logps(pairs, len(target)),
+        extras={key: torch.tensor([pair.extras[key] for pair in pairs], dtype=torch.float32) for key in extra_keys},
     )
+
+
+def _known_ref_logps(pairs: Sequence[TokenPair], num_trained: int) -> torch.Tensor | None:
+    known = [np.asarray(pair.ref_logps, dtype=np.float32) for pair in pairs if pair.ref_logps is not None]
+    if not known:
+        return None
+    assert len(known) == len(pairs), f"{len(pairs) - len(known)} of {len(pairs)} pairs of a pack have no log-probabilities of the reference"
+    ref_logps_K = torch.from_numpy(np.concatenate(known))
+    assert len(ref_logps_K) == num_trained, f"{len(ref_logps_K)} log-probabilities of the reference for {num_trained} trained tokens"
+    return ref_logps_K
 
 
 def _trained(pairs: Sequence[TokenPair]) -> np.ndarray:

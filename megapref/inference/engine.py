@@ -10,13 +10,14 @@ from transformers import PreTrainedTokenizerBase
 from megapref.batch import Completion, Prompt
 from megapref.config import Generation
 from megapref.inference.sampling import Sampling, keys, sample, uniforms
-from megapref.mcore.generation import Engine
 
 
 def make_generate(
-    engines: dict[str, Engine], generation: Generation, tokenizer: PreTrainedTokenizerBase, seed: int
+    engines: dict[str, Callable[..., list[list[int]]]], generation: Generation, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> Callable[..., list[Completion]]:
     """`generate(prompts, model, *, step, side)`: one completion of `model` ("policy", "reference") for each prompt.
+
+    `engines` has the `mcore.generation.Engine.generate` of each model.
 
     A sample is a function of (seed, step, prompt index, side) and the weights. Completions end after their first end-of-text token, which is kept.
     """
@@ -28,7 +29,7 @@ def make_generate(
         def draw(logits, requests, positions):
             return sample(logits, uniforms(request_keys[requests], positions), sampling)
 
-        ids = engines[model].generate([list(prompt.ids) for prompt in prompts], draw, generation.max_new_tokens, tokenizer.eos_token_id)
+        ids = engines[model]([list(prompt.ids) for prompt in prompts], draw, generation.max_new_tokens, tokenizer.eos_token_id)
         return [_completion(one, tokenizer) for one in ids]
 
     return generate

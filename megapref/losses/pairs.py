@@ -22,6 +22,7 @@ from megapref.losses.terms import (
     mean_of_sides,
     metrics_of_rewards,
     metrics_with_reference,
+    needing,
     of_margin,
     per_token,
     preference_loss,
@@ -124,6 +125,7 @@ def robust(
     return preference_loss(pairs, of_margin(scores(pairs, f_divergence, alpha), penalty), beta)
 
 
+@needing(lambda params: {"mean_log_ratio"} if params.get("running_delta") else ())
 def bco_pair(
     pairs: PairLogps,
     *,
@@ -134,11 +136,11 @@ def bco_pair(
 ) -> LossOutput:
     """-LS(b z_w - delta) - LS(-(b z_l - delta)): BCO, arXiv 2404.04656.
 
-    delta is 0; with `running_delta` the pairs' extra `delta`, the mean of b r over both sides in the run so far.
+    delta is 0; with `running_delta` b times the pairs' extra `mean_log_ratio`, the mean of r over both sides of all pairs of the steps before.
     """
     z_P2 = beta * scores(pairs, f_divergence, alpha)
     if running_delta:
-        z_P2 = z_P2 - extra(pairs, "delta")[:, None]
+        z_P2 = z_P2 - beta * extra(pairs, "mean_log_ratio")[:, None]
     return preference_loss(pairs, lambda win, lose: -logsigmoid(z_P2[:, win]) - logsigmoid(-z_P2[:, lose]), beta)
 
 

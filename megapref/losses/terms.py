@@ -6,9 +6,9 @@ Notation in `losses`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,6 +30,12 @@ def reference_free(loss: Loss) -> Loss:
     return loss
 
 
+def of_completions(loss: Loss) -> Loss:
+    """The loss, marked as one of single labelled completions (`UnpairedLogps`)."""
+    loss.of_completions = True
+    return loss
+
+
 def batch_wide(statistics: Callable[[PairLogps], Tensor], match: Callable[[Tensor], dict[str, Tensor]]) -> Callable[[Loss], Loss]:
     """Marks a loss that compares the pairs of the whole global batch, G of them.
 
@@ -38,6 +44,16 @@ def batch_wide(statistics: Callable[[PairLogps], Tensor], match: Callable[[Tenso
 
     def mark(loss: Loss) -> Loss:
         loss.statistics, loss.match = statistics, match
+        return loss
+
+    return mark
+
+
+def needing(of_params: Callable[[dict[str, Any]], Iterable[str]]) -> Callable[[Loss], Loss]:
+    """Marks a loss that has to be given more than log-probabilities: the names as `batch.needs` has them, as a function of its parameters."""
+
+    def mark(loss: Loss) -> Loss:
+        loss.needs = of_params
         return loss
 
     return mark
@@ -115,7 +131,10 @@ def weighted_sum(outputs: list[tuple[str, LossOutput, float]]) -> LossOutput:
 def metrics_with_reference(pairs: PairLogps, beta: float) -> dict[str, Tensor]:
     """Sums over pairs of the metrics that a run logs; rewards are b r, kl and entropy are estimates from the completion's own tokens."""
     kl = mean_of_sides(pairs, log_ratios(pairs)).sum()
-    return metrics_of_rewards(pairs, beta * log_ratios(pairs)) | {"objective/kl": kl, "objective/non_score_reward": -beta * kl}
+    chosen_P, rejected_P = chosen_rejected(pairs, pairs.ref_P2)
+    of_reference = {"logps/ref_chosen": chosen_P.sum(), "logps/ref_rejected": rejected_P.sum()}
+    of_kl = {"objective/kl": kl, "objective/non_score_reward": -beta * kl}
+    return metrics_of_rewards(pairs, beta * log_ratios(pairs)) | of_reference | of_kl
 
 
 @torch.no_grad()
@@ -123,6 +142,7 @@ def metrics_of_rewards(pairs: PairLogps, reward_P2: Tensor) -> dict[str, Tensor]
     """Sums over pairs of the metrics that need no reference."""
     chosen_P, rejected_P = chosen_rejected(pairs, reward_P2)
     chosen_logps_P, rejected_logps_P = chosen_rejected(pairs, pairs.policy_P2)
+    chosen_length_P, rejected_length_P = chosen_rejected(pairs, pairs.length_P2)
     return {
         "rewards/chosen": chosen_P.sum(),
         "rewards/rejected": rejected_P.sum(),
@@ -130,6 +150,8 @@ def metrics_of_rewards(pairs: PairLogps, reward_P2: Tensor) -> dict[str, Tensor]
         "rewards/margins": (chosen_P - rejected_P).sum(),
         "logps/chosen": chosen_logps_P.sum(),
         "logps/rejected": rejected_logps_P.sum(),
+        "length/chosen": chosen_length_P.sum(),
+        "length/rejected": rejected_length_P.sum(),
         "objective/entropy": -mean_of_sides(pairs, pairs.policy_P2).sum(),
     }
 
@@ -171,12 +193,12 @@ def length_desensitized(pairs: PairLogps, ld_alpha: float) -> PairLogps:
 
 
 @torch.no_grad()
-def weighted_by_policy(pairs: PairLogps, log_sum_sq_K: Tensor) -> PairLogps:
+def weighted_by_policy(pairs: PairLogps) -> PairLogps:
     """The pairs with extra `weight`, how likely the policy is to have written them: WPO, arXiv 2406.11827 eq. 2.
 
-    It is the product of both sides' exp(mean over tokens of log p_t - log sum_v p_t(v)^2); `log_sum_sq_K` is that log of the sum,
+    It is the product of both sides' exp(mean over tokens of log p_t - log sum_v p_t(v)^2); the tokens' extra `log_sum_sq` is that log of the sum,
     logsumexp(2 logits) - 2 logsumexp(logits).
     """
-    alignment_P2 = per_token(pairs, pairs.sum_by_completion(pairs.policy_K - log_sum_sq_K))
+    alignment_P2 = per_token(pairs, pairs.sum_by_completion(pairs.policy_K - pairs.extras_K["log_sum_sq"]))
     weight_P = pairs.extras_P.get("weight", 1.0) * alignment_P2.sum(1).exp()
     return replace(pairs, extras_P={**pairs.extras_P, "weight": weight_P})

@@ -13,17 +13,22 @@ import os
 import queue
 import shutil
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint import CheckpointException
 
 from megapref.mcore import cpu, setup
+from megapref.mcore.reference import Reference
 from megapref.mcore.step import TrainState
 
 # Core's format that can be loaded at another tensor, pipeline or data-parallel size.
@@ -33,14 +38,15 @@ _MANIFEST = "manifest.json"
 filesystem_async._results_queue = queue.SimpleQueue()
 
 
-def save_checkpoint(state: TrainState, folder: Path, keep: int, extra: dict) -> Path:
-    """Writes `folder/step_<n>` with model, optimizer and `extra` (JSON), then removes all but the newest `keep`; returns its path.
+def save_checkpoint(state: TrainState, folder: Path, keep: int, extra: dict, protected: Collection[int] = ()) -> Path:
+    """Writes `folder/step_<n>` with model, optimizer and `extra` (JSON), then removes all but the newest `keep` and the `protected` steps'.
 
     Collective. ValueError on every rank when any rank could not write; earlier checkpoints are untouched then.
     """
-    final = folder / f"step_{state.step:06d}"
+    final = path_of(folder, state.step)
     temporary = folder / f".writing_step_{state.step:06d}"
-    content = {"step": state.step, "adam_step": _adam_step(state.optimizer), "bad_steps": state.bad_steps, **extra}
+    content = {"step": state.step, "adam_step": _adam_step(state.optimizer), "bad_steps": state.bad_steps, "log_ratios": state.log_ratios}
+    content |= {"has_reference": state.moving_reference is not None, **extra}
     try:
         setup.on_first_rank(_make_empty)(temporary)
         _write_state(state, temporary)
@@ -50,9 +56,15 @@ def save_checkpoint(state: TrainState, folder: Path, keep: int, extra: dict) -> 
     except ValueError as error:
         raise ValueError(f"cannot write the checkpoint {final}: {error}; free space or choose another run.dir") from error
     if setup.is_first_rank():
-        for old in _checkpoints(folder)[:-keep]:
+        kept = {path_of(folder, step) for step in protected}
+        for old in [path for path in _checkpoints(folder)[:-keep] if path not in kept]:
             shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return folder / f"step_{step:06d}"
 
 
 def load_checkpoint(state: TrainState, path: Path) -> dict:
@@ -61,12 +73,18 @@ def load_checkpoint(state: TrainState, path: Path) -> dict:
     if problem:
         raise ValueError(f"checkpoint {path} is not usable: {problem}; run.resume takes the folder of one, such as checkpoints/step_000010")
     saved = json.loads((path / "state.json").read_text())
+    if state.moving_reference and not saved["has_reference"]:
+        raise ValueError(f"checkpoint {path} has no reference of its own, which reference.sync_steps needs; resume with reference.sync_steps=0")
     with cpu.core_calls():
         loaded = dist_checkpointing.load(_sharded_state(state, is_loading=True), str(path))
-        for name, model in _model_entries(state):
+        for name, model in _model_entries(state.chunks):
             model.load_state_dict(loaded[name])
         _load_optimizer(state.optimizer, loaded["optimizer"], saved["adam_step"])
-    state.step, state.bad_steps = saved["step"], saved["bad_steps"]
+        if state.moving_reference:
+            with state.moving_reference.in_place() as chunks:
+                for name, chunk in _model_entries(chunks):
+                    chunk.load_state_dict(loaded["reference"][name])
+    state.step, state.bad_steps, state.log_ratios = saved["step"], saved["bad_steps"], tuple(saved["log_ratios"])
     return saved
 
 
@@ -176,16 +194,30 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _model_entries(state: TrainState):
-    chunks = unwrap_model(state.chunks)
+def _model_entries(chunks: list[torch.nn.Module]):
+    chunks = unwrap_model(chunks)
     return [("model" if len(chunks) == 1 else f"model{i}", chunk) for i, chunk in enumerate(chunks)]
 
 
 def _sharded_state(state: TrainState, is_loading: bool) -> dict:
     metadata = ensure_metadata_has_dp_cp_group(dict(_METADATA))
-    sharded = {name: model.sharded_state_dict(metadata=metadata) for name, model in _model_entries(state)}
+    sharded = {name: model.sharded_state_dict(metadata=metadata) for name, model in _model_entries(state.chunks)}
     _make_adam_state(state.optimizer)
     sharded["optimizer"] = state.optimizer.sharded_state_dict(dict(sharded), is_loading=is_loading, metadata=metadata)
+    if state.moving_reference:
+        sharded["reference"] = _sharded_reference(state.moving_reference, metadata)
+    return sharded
+
+
+def _sharded_reference(reference: Reference, metadata: dict) -> dict:
+    """The reference's weights beside the policy's, copied where they are in the policy's place only for the moment."""
+    with reference.in_place() as chunks:
+        sharded = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in _model_entries(chunks)}
+        if reference.swapped:
+            for tensor in nested_values(sharded):
+                if isinstance(tensor, ShardedTensor) and tensor.data is not None:
+                    tensor.data = tensor.data.clone()
+    add_prefix_for_sharding(sharded, "reference.")
     return sharded
 
 

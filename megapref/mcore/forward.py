@@ -34,8 +34,9 @@ def to_device(pack: PackedBatch) -> PackedBatch:
         target_ids_K=move(pack.target_ids_K),
         cell_K=move(pack.cell_K),
         preference_P=move(pack.preference_P),
+        desirable_C=move(pack.desirable_C),
         ref_logps_K=move(pack.ref_logps_K),
-        extras_P={name: move(value) for name, value in pack.extras_P.items()},
+        extras={name: move(value) for name, value in pack.extras.items()},
     )
 
 
@@ -49,9 +50,12 @@ def forward_pack(chunk: torch.nn.Module, pack: PackedBatch) -> Tensor:
     return chunk(pack.token_ids_T[None], pack.position_ids_T[None], None, packed_seq_params=params)
 
 
-def completion_logps(chunk: torch.nn.Module, hidden: Tensor, pack: PackedBatch) -> Tensor:
+def completion_logps(
+    chunk: torch.nn.Module, hidden: Tensor, pack: PackedBatch, wanted: frozenset[str] = frozenset()
+) -> tuple[Tensor, dict[str, Tensor]]:
     """[K] float32: log-probabilities (temperature 1) of the pack's completion tokens, from the last stage's `forward_pack`.
 
+    `wanted` may add of each distribution p: `entropy`, -sum p log p, with its gradient, and `log_sum_sq`, log sum p^2, without.
     The vocabulary may be split over tensor-parallel ranks and the rows over them too (sequence parallel); the result is whole on each.
     """
     model = unwrap_model(chunk)
@@ -63,54 +67,71 @@ def completion_logps(chunk: torch.nn.Module, hidden: Tensor, pack: PackedBatch) 
     vocab_start = parallel_state.get_tensor_model_parallel_rank() * weight.shape[0]
     # Rows added so that the vocabulary divides by the tensor-parallel size are not words: they must not be in the softmax.
     num_words = min(max(model.true_vocab_size - vocab_start, 0), weight.shape[0])
-    return _VocabParallelLogps.apply(rows_KH, weight, pack.target_ids_K - vocab_start, num_words)
+    target_K = pack.target_ids_K - vocab_start
+    logps_K, entropy_K, log_sum_sq_K = _VocabParallelLogps.apply(rows_KH, weight, target_K, num_words, wanted)
+    extras_K = {"entropy": entropy_K, "log_sum_sq": log_sum_sq_K}
+    return logps_K, {name: extras_K[name] for name in wanted & extras_K.keys()}
 
 
 class _VocabParallelLogps(torch.autograd.Function):
-    """Log-probability of each row's target under softmax(hidden W^T), in chunks of rows; logits are recomputed in backward, never kept.
+    """Of each row's softmax(hidden W^T): log-probability of the target, entropy, log of the sum of squares (the latter two None where not wanted).
 
-    `target_K` counts from this rank's first word; targets of other ranks fall outside [0, num_words).
+    In chunks of rows; logits are recomputed in backward, never kept. `target_K` counts from this rank's first word; targets of other ranks fall
+    outside [0, num_words).
     """
 
     @staticmethod
-    def forward(ctx, hidden_KH: Tensor, weight_VH: Tensor, target_K: Tensor, num_words: int) -> Tensor:
+    def forward(ctx, hidden_KH: Tensor, weight_VH: Tensor, target_K: Tensor, num_words: int, wanted: frozenset[str]):
         mine_K = (target_K >= 0) & (target_K < num_words)
         local_K = target_K.where(mine_K, 0)
         words_VH = weight_VH[:num_words]
-        lse_K = hidden_KH.new_full((len(target_K),), float("-inf"), dtype=torch.float32)
-        logit_K = torch.zeros_like(lse_K)
-        for rows in _chunks(len(target_K)):
-            if num_words:
-                logits = (hidden_KH[rows] @ words_VH.t()).float()
-                lse_K[rows] = logits.logsumexp(1)
-                logit_K[rows] = logits.gather(1, local_K[rows, None])[:, 0]
+        with_entropy, with_squares = "entropy" in wanted, "log_sum_sq" in wanted
+        lse_K, lse_squares_K = hidden_KH.new_full((2, len(target_K)), float("-inf"), dtype=torch.float32)
+        logit_K, mean_logit_K = hidden_KH.new_zeros((2, len(target_K)), dtype=torch.float32)
+        for rows in _chunks(len(target_K)) if num_words else ():
+            logits = (hidden_KH[rows] @ words_VH.t()).float()
+            lse_K[rows] = logits.logsumexp(1)
+            logit_K[rows] = logits.gather(1, local_K[rows, None])[:, 0]
+            if with_squares:
+                lse_squares_K[rows] = (2 * logits).logsumexp(1)
+            if with_entropy:
+                mean_logit_K[rows] = torch.linalg.vecdot((logits - lse_K[rows, None]).exp(), logits)
         logit_K.masked_fill_(~mine_K, 0)
         group = parallel_state.get_tensor_model_parallel_group()
         if group.size() > 1:
             top_K = lse_K.clone()
             dist.all_reduce(top_K, dist.ReduceOp.MAX, group=group)
-            sums = torch.stack([(lse_K - top_K).exp(), logit_K])
+            mass_K = (lse_K - top_K).exp()
+            sums = torch.stack([mass_K, logit_K, mass_K * mean_logit_K, (lse_squares_K - 2 * top_K).exp()])
             dist.all_reduce(sums, group=group)
-            lse_K, logit_K = top_K + sums[0].log(), sums[1]
-        ctx.save_for_backward(hidden_KH, weight_VH, local_K, mine_K, lse_K)
+            lse_K, logit_K, mean_logit_K, lse_squares_K = top_K + sums[0].log(), sums[1], sums[2] / sums[0], 2 * top_K + sums[3].log()
+        entropy_K = lse_K - mean_logit_K if with_entropy else None
+        ctx.save_for_backward(hidden_KH, weight_VH, local_K, mine_K, lse_K, entropy_K)
         ctx.num_words = num_words
-        return logit_K - lse_K
+        ctx.set_materialize_grads(False)
+        log_sum_sq_K = lse_squares_K - 2 * lse_K if with_squares else None
+        if with_squares:
+            ctx.mark_non_differentiable(log_sum_sq_K)
+        return logit_K - lse_K, entropy_K, log_sum_sq_K
 
     @staticmethod
-    def backward(ctx, grad_K: Tensor):
-        hidden_KH, weight_VH, local_K, mine_K, lse_K = ctx.saved_tensors
+    def backward(ctx, grad_K: Tensor | None, entropy_grad_K: Tensor | None, _):
+        hidden_KH, weight_VH, local_K, mine_K, lse_K, entropy_K = ctx.saved_tensors
         words_VH = weight_VH[: ctx.num_words]
         grad_hidden, grad_weight = torch.zeros_like(hidden_KH), torch.zeros_like(weight_VH)
-        if not ctx.num_words:
-            return grad_hidden, grad_weight, None, None
-        for rows in _chunks(len(grad_K)):
+        grad_K = torch.zeros_like(lse_K) if grad_K is None else grad_K
+        for rows in _chunks(len(grad_K)) if ctx.num_words else ():
             hidden = hidden_KH[rows]
-            slope = (hidden @ words_VH.t()).float().sub_(lse_K[rows, None]).exp_().neg_()
-            slope[torch.arange(len(hidden), device=hidden.device), local_K[rows]] += mine_K[rows].float()
-            slope = slope.mul_(grad_K[rows, None]).to(hidden.dtype)
+            logp = (hidden @ words_VH.t()).float().sub_(lse_K[rows, None])
+            if entropy_grad_K is None:
+                slope = logp.exp_().mul_(-grad_K[rows, None])
+            else:  # dH / dz_v = -p_v (log p_v + H)
+                slope = (entropy_grad_K[rows, None] * (logp + entropy_K[rows, None]) + grad_K[rows, None]).mul_(-logp.exp())
+            slope[torch.arange(len(hidden), device=hidden.device), local_K[rows]] += mine_K[rows] * grad_K[rows]
+            slope = slope.to(hidden.dtype)
             torch.mm(slope, words_VH, out=grad_hidden[rows])
             grad_weight[: ctx.num_words].addmm_(slope.t(), hidden)
-        return grad_hidden, grad_weight, None, None
+        return grad_hidden, grad_weight, None, None, None
 
 
 def _chunks(length: int) -> list[slice]:

@@ -195,19 +195,19 @@ def train_with_another_policy(tree: dict) -> str:
     """A run whose policy is not its reference."""
     from megapref import train
 
-    freeze = train.reference.freeze
+    resident = train.reference.resident
 
     def spoil(chunks):
         with torch.no_grad():
             for parameter in chunks[0].parameters():
                 parameter.mul_(1.01)
-        return freeze(chunks)
+        return resident(chunks)
 
-    train.reference.freeze = spoil
+    train.reference.resident = spoil
     try:
         return run_training(tree)
     finally:
-        train.reference.freeze = freeze
+        train.reference.resident = resident
 
 
 def test_first_update_needs_policy_and_reference_to_agree(inputs, tmp_path):

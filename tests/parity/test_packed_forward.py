@@ -65,7 +65,7 @@ def packed_dpo(folder: str, beta: float, layout: dict, share_prompt: bool, max_t
     packs = pack(some_pairs(), max_tokens=max_tokens, num_ranks=setup.data_parallel_size(), share_prompt=share_prompt, pad_multiple=multiple)
     mine = packs[setup.data_parallel_rank()]
     scored = zip(score_packs(chunks, mine), mine, strict=True)
-    sums = [torch.zeros(2 * batch.num_pairs).index_add(0, batch.cell_K, logps) for logps, batch in scored if logps is not None]
+    sums = [torch.zeros(2 * batch.num_rows).index_add(0, batch.cell_K, logps) for logps, batch in scored if logps is not None]
     state = TrainState(chunks, build_optimizer(chunks, Optimizer(lr=0.0, clip_grad=1e9), Precision()))
     metrics = train_step(state, mine, partial(losses.dpo, beta=beta), lr=0.0)
     gradients = {}

@@ -49,7 +49,7 @@ def train(folder: str, layout: dict, share_prompt: bool, max_tokens: int = 120) 
         load_hf(chunks, spec, folder)
         return chunks
 
-    policy, frozen = wrap_for_training(load()), reference.freeze(load())
+    policy, frozen = wrap_for_training(load()), reference.resident(load())
     optimizer = Optimizer(**TRACE["optimizer"])
     state = TrainState(policy, build_optimizer(policy, optimizer, Precision()))
     pairs = [TokenPair(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in TRACE["rows"]]

@@ -166,7 +166,7 @@ BAD_OVERRIDES = [
     # types
     ("train.steps=abc", ['train.steps="abc" must be int >= 1']),
     ("train.steps=1.5", ["train.steps=1.5 must be int >= 1"]),
-    ("train=3", ["train=3 must be a mapping with steps, global_batch_size", "give train.steps=..."]),
+    ("train=3", ["train=3 must be a mapping with steps, epochs, global_batch_size", "give train.steps=..."]),
     ("data.train=rows.jsonl", ['data.train="rows.jsonl" must be list of Source']),
     ("data.shuffle=1", ["data.shuffle=1 must be true or false"]),
     ("run.dir=7", ["run.dir=7 must be str"]),
@@ -179,7 +179,7 @@ BAD_OVERRIDES = [
     ("method.ties=random", ['method.ties="random" must be one of first, skip, soft']),
     ("optimizer.schedule=cosin", ['optimizer.schedule="cosin" must be one of constant, linear, cosine; did you mean cosine?']),
     ("precision.dtype=fp16", ['precision.dtype="fp16" must be one of fp32, bf16']),
-    ("reference.mode=frozen", ['reference.mode="frozen" must be one of resident, free, none']),
+    ("reference.mode=frozen", ['reference.mode="frozen" must be one of resident, swapped, cached, free, none']),
     ("data.truncation=left", ['data.truncation="left" must be one of keep_end, keep_start, error']),
     ("data.on_bad_row=drop", ['data.on_bad_row="drop" must be one of error, skip']),
     # ranges

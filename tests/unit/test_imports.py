@@ -27,7 +27,9 @@ MAY_IMPORT = {
     "convert.hf": ("batch", "config", "mcore"),
     "methods": ("batch", "config", "losses", "plugins", "schema"),
     "sources": ("batch", "config", "data", "inference", "mcore", "online", "plugins"),
-    "train": ("batch", "checks", "config", "convert", "data", "losses", "mcore", "methods", "runlog", "sources"),
+    "progress": ("config",),
+    "caching": ("batch", "config", "data", "mcore", "sources"),
+    "train": ("batch", "caching", "checks", "config", "convert", "data", "losses", "mcore", "methods", "progress", "runlog", "sources"),
 }
 
 

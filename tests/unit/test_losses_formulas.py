@@ -139,7 +139,7 @@ def test_weight_by_policy():
     for i in range(4):
         mean = [(pairs.policy_K - log_sum_sq)[pairs.cell_K == 2 * i + side].mean().item() for side in (0, 1)]
         weights.append(math.exp(mean[0]) * math.exp(mean[1]))
-    weighted = weighted_by_policy(replace(pairs, policy_K=pairs.policy_K.requires_grad_()), log_sum_sq)
+    weighted = weighted_by_policy(replace(pairs, policy_K=pairs.policy_K.requires_grad_(), extras_K={"log_sum_sq": log_sum_sq}))
     assert weighted.extras_P["weight"].tolist() == pytest.approx(weights, rel=1e-5)
     assert not weighted.extras_P["weight"].requires_grad and weighted.policy_K.requires_grad
 

@@ -5,7 +5,6 @@ import torch
 
 from megapref.batch import UnpairedLogps
 from megapref.losses import apo_zero_unpaired, bco, kto
-from megapref.losses.unpaired import kto_baseline
 
 LENGTHS, DESIRABLE, B = [3, 1, 4, 2], [True, False, False, True], 0.3
 LOSSES = [kto, apo_zero_unpaired, bco]
@@ -17,7 +16,7 @@ def make(dtype=torch.float32, kl=0.4, delta=0.2, only=(0, 1, 2, 3)):
     cell = torch.tensor([i for i, n in enumerate(LENGTHS) for _ in range(n)])
     keep = torch.tensor([int(i) in only for i in cell], dtype=torch.bool)
     renumbered = torch.tensor([only.index(int(i)) for i in cell[keep]], dtype=torch.int64)
-    extras = {"kl": torch.full((len(only),), kl, dtype=dtype), "delta": torch.full((len(only),), delta, dtype=dtype)}
+    extras = {"kl": torch.full((len(only),), kl, dtype=dtype), "mean_log_ratio": torch.full((len(only),), delta / B, dtype=dtype)}
     return UnpairedLogps(policy[keep], ref[keep], renumbered, torch.tensor([DESIRABLE[i] for i in only], dtype=torch.bool), extras)
 
 
@@ -53,16 +52,15 @@ def test_metrics():
         "rewards/margins": B * sum(signed),
         "rewards/accuracies": sum(x > 0 for x in signed),
         "rewards/mean": B * sum(r),
+        "rewards/chosen": B * sum(x for x, good in zip(r, DESIRABLE, strict=True) if good),
+        "count rewards/chosen": 2,
+        "rewards/rejected": B * sum(x for x, good in zip(r, DESIRABLE, strict=True) if not good),
+        "count rewards/rejected": 2,
         "objective/kl": sum(r),
         "objective/non_score_reward": -B * sum(r),
         "objective/entropy": -completions.policy_K.sum().item(),
     }
     assert {name: value.item() for name, value in kto(completions, beta=B).metric_sums.items()} == pytest.approx(want, rel=1e-4)
-
-
-def test_baseline_is_a_constant_not_below_zero():
-    ratio = torch.tensor([1.0, -0.5], requires_grad=True)
-    assert kto_baseline(ratio).item() == 0.25 and kto_baseline(-ratio).item() == 0 and not kto_baseline(ratio).requires_grad
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -90,6 +88,6 @@ def test_gradient_is_the_numerical_one(loss):
 def test_finite_at_extreme_log_ratios(loss, ratio):
     policy = torch.full((2,), min(ratio, 0.0), requires_grad=True)
     ref = torch.full((2,), -max(ratio, 0.0))
-    out = loss(UnpairedLogps(policy, ref, torch.arange(2), torch.tensor([True, False]), {"kl": torch.zeros(2), "delta": torch.zeros(2)}))
+    out = loss(UnpairedLogps(policy, ref, torch.arange(2), torch.tensor([True, False]), dict.fromkeys(("kl", "mean_log_ratio"), torch.zeros(2))))
     out.loss_sum.backward()
     assert out.loss_sum.isfinite() and policy.grad.isfinite().all()

@@ -44,7 +44,7 @@ def unpack(batch):
             for k, (context, _) in enumerate(sides.get(cell, [])):
                 assert context == prompt + completion[:k]
             completions.append(completion)
-        out.append((prompt, *completions, round(preference, 6), batch.extras_P["margin"][i].item()))
+        out.append((prompt, *completions, round(preference, 6), batch.extras["margin"][i].item()))
     return out
 
 
@@ -101,8 +101,8 @@ def test_ranks_without_pairs_get_empty_packs():
     packs = pack([TokenPair([1], [2], [3], 1.0, {"a": 1.0})], max_tokens=9, num_ranks=3, pad_multiple=4)
     assert [len(rank) for rank in packs] == [1, 1, 1]
     empty = packs[2][0]
-    assert empty.num_pairs == 0 and len(empty.cell_K) == 0 and empty.token_ids_T.tolist() == [0, 0, 0, 0] and empty.num_padding == 4
-    assert empty.segments_S.tolist() == [[0, 4, 0, 0]] and empty.extras_P["a"].shape == (0,)
+    assert empty.num_rows == 0 and len(empty.cell_K) == 0 and empty.token_ids_T.tolist() == [0, 0, 0, 0] and empty.num_padding == 4
+    assert empty.segments_S.tolist() == [[0, 4, 0, 0]] and empty.extras["a"].shape == (0,)
     assert packing_stats(pack([], max_tokens=8, num_ranks=2))["pack/tokens"] == 0
 
 

@@ -118,7 +118,7 @@ def time_megapref(options: argparse.Namespace) -> tuple[Meter, list]:
         return pack(pairs[start : start + options.batch], max_tokens=options.max_tokens)[0]
 
     pairs = [TokenPair(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in read_rows(options)]
-    frozen, ready = reference.freeze(load()), {}
+    frozen, ready = reference.resident(load()), {}
     if options.reference == "precomputed":
         ready = {start: reference.fill_reference(frozen, pack_batch(start)) for start in range(0, len(pairs), options.batch)}
         frozen = None
