@@ -134,6 +134,23 @@ def _completion(pair: TokenPair) -> TokenCompletion:
     return TokenCompletion(pair.prompt_ids, pair.first_ids, bool(pair.extras["desirable"]), pair.first_mask)
 
 
+def mismatched(completions: Sequence[TokenCompletion], limit: int) -> list[TokenCompletion]:
+    """Each prompt of a step with the completion of the next row that has another prompt, or of the next row where all have the same.
+
+    Its end is cut where the two are over `limit` tokens. A pure function of the step's rows, so every rank makes the same.
+    """
+    size = len(completions)
+    prompts = [tuple(row.prompt_ids) for row in completions]
+    others = []
+    for i, row in enumerate(completions):
+        following = [(i + shift) % size for shift in range(1, size)]
+        other = completions[next((j for j in following if prompts[j] != prompts[i]), following[0])]
+        room = max(1, limit - len(row.prompt_ids))
+        mask = None if other.mask is None else other.mask[:room]
+        others.append(TokenCompletion(row.prompt_ids, other.ids[:room], row.desirable, mask))
+    return others
+
+
 def _pair(row: TokenizedRow, limits: Limits, truncation: str) -> tuple[TokenPair, bool]:
     """The row as a pair, and whether it was cut; Emptied where nothing is left to train on."""
     location = row.row.location
