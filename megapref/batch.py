@@ -36,6 +36,15 @@ class Completion:
 
 
 @dataclass(frozen=True)
+class Judgement:
+    """What a judge that has more to say than preferences gives: its raw answer on each pair, and (sum, count) of what is worth logging."""
+
+    preferences: list[float | None]
+    texts: list[str | None]
+    sums: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class TokenPair:
     """A prompt with two completions. `preference` is P(first is better); an empty `second_ids` trains on the first alone.
 
@@ -194,8 +203,9 @@ class ModelSpec:
 
 Logps = PairLogps | UnpairedLogps
 Loss = Callable[..., LossOutput]  # (PairLogps or UnpairedLogps, *, params) -> LossOutput
+# Rewards and judges may be coroutine functions (async def).
 Reward = Callable[..., list[float | None]]  # (list[Prompt], list[Completion], *, params); None abstains
-Judge = Callable[..., list[float | None]]  # (list[Prompt], first, second, *, params) -> P(first is better); None abstains
+Judge = Callable[..., list[float | None] | Judgement]  # (list[Prompt], first, second, *, params) -> P(first is better); None abstains
 Generate = Callable[..., list[Completion]]  # (list[Prompt], model: "policy" | "reference", *, step, side)
 PairSource = Iterator[PairBatch]
 

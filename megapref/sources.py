@@ -126,11 +126,10 @@ def online_source(
         engines["reference"] = ref.during(own.generate)
     generate = make_generate(engines, cfg.generation, tokenizer, cfg.run.seed)
     batches = prompt_batches(data.train, **_deal(cfg, state))
-    decide = setup.once_per_model(_decide(cfg, cfg.method.ties))
-    source = online_pairs(batches, generate, decide, candidates=cfg.method.candidates, counts=data.counts)
+    source = online_pairs(batches, generate, _decide(cfg, cfg.method.ties), candidates=cfg.method.candidates, counts=data.counts)
     # A tie is half a win when models are compared, whatever training does with it.
     prompts = list(chain(*data.validation.values())) if ref else []
-    return source, _against_reference(prompts, generate, setup.once_per_model(_decide(cfg, "soft")), moves=cfg.reference.sync_steps > 0)
+    return source, _against_reference(prompts, generate, _decide(cfg, "soft"), moves=cfg.reference.sync_steps > 0)
 
 
 def offline_source(
@@ -178,11 +177,15 @@ def _deal(cfg: Config, state: TrainState) -> dict:
 
 
 def _decide(cfg: Config, ties: str) -> judges.Decide:
-    rewards = {name: (load_plugin(entry.function, entry.params, f"reward.{name}"), entry.weight) for name, entry in cfg.reward.items()}
-    by_rewards = judges.decide_by_rewards(rewards, cfg.method.missing_eos_penalty, ties) if rewards else None
+    """What every rank calls; the functions of the config run once for each share of the pairs."""
+    rewards = {name: load_plugin(entry.function, entry.params, f"reward.{name}") for name, entry in cfg.reward.items()}
+    weights = {name: entry.weight for name, entry in cfg.reward.items()}
+    score = setup.once_per_model(judges.ask_rewards(rewards))
+    by_rewards = judges.decide_by_rewards(score, weights, cfg.method.missing_eos_penalty, ties) if rewards else None
     if cfg.judge is None:
         return by_rewards
-    return judges.decide_by_judge(load_plugin(cfg.judge.function, cfg.judge.params, "judge"), by_rewards)
+    judge = load_plugin(cfg.judge.function, cfg.judge.params, "judge")
+    return judges.decide_by_judge(setup.once_per_model(judges.ask_judge(judge)), by_rewards)
 
 
 def _against_reference(prompts: list[Prompt], generate: Generate, decide: judges.Decide, moves: bool) -> Evaluate:

@@ -36,7 +36,7 @@ def online_pairs(
             for prompt, a, b, preference in zip(prompts, first, second, verdicts.preferences, strict=True)
             if preference is not None
         ]
-        sums = pair_metrics(first, second, verdicts)
+        sums = pair_metrics(first, second, verdicts) | verdicts.sums
         sums["time/generate"] = (generated - started, 1)
         sums["time/judge"] = (judged - generated, 1)
         sums |= {name: (number, 1) for name, number in (counts or {}).items()}

@@ -1,11 +1,12 @@
 """Scores and preferences: weights, abstention, ties, penalties, and what user functions may get wrong."""
 
+import asyncio
 import math
 
 import pytest
 
-from megapref.batch import Completion, Prompt
-from megapref.online.judges import decide_by_judge, decide_by_rewards, score
+from megapref.batch import Completion, Judgement, Prompt
+from megapref.online.judges import ask_judge, ask_rewards, decide_by_judge, decide_by_rewards, total
 from megapref.online.pairs import evaluate, online_pairs, summarise
 
 PROMPTS = [Prompt([1], "a", {}, 0), Prompt([2], "b", {}, 1)]
@@ -17,25 +18,64 @@ def text_length(prompts, completions):
     return [float(len(c.text)) for c in completions]
 
 
+def by_rewards(ties="skip", penalty=0.0, weight=1.0, **rewards):
+    return decide_by_rewards(ask_rewards(rewards), dict.fromkeys(rewards, weight), penalty, ties)
+
+
+def constant(*values):
+    return lambda prompts, completions: list(values)
+
+
 def test_weighted_sum_and_abstention():
-    never = lambda prompts, completions: [None, 2.0]  # noqa: E731
-    assert score({"a": (text_length, 0.5), "b": (never, 10.0)}, 0.0, PROMPTS, DONE) == [0.5, 21.0]
-    assert score({"b": (never, 1.0)}, 0.0, PROMPTS, DONE) == [None, 2.0]
+    def weighed(weights, **rewards):
+        return [total(of, weights, 0.0, DONE[0]) for of in ask_rewards(rewards)(PROMPTS, DONE)]
+
+    assert weighed({"a": 0.5, "b": 10.0}, a=text_length, b=constant(None, 2.0)) == [0.5, 21.0]
+    assert weighed({"b": 1.0}, b=constant(None, 2.0)) == [None, 2.0]
+
+
+def test_async_rewards_run_concurrently_and_keep_their_names():
+    arrived = asyncio.Event()
+
+    async def first(prompts, completions):
+        await arrived.wait()  # would wait for ever if the other ran after it
+        return [1.0, 2.0]
+
+    async def other(prompts, completions):
+        arrived.set()
+        return [3.0, None]
+
+    scored = ask_rewards({"first": first, "plain": text_length, "other": other})(PROMPTS, DONE)
+    assert scored == [{"first": 1.0, "plain": 1.0, "other": 3.0}, {"first": 2.0, "plain": 2.0, "other": None}]
 
 
 def test_missing_eos_is_penalised_by_the_completion_alone():
-    assert score({"a": (text_length, 1.0)}, 5.0, PROMPTS, OPEN) == [-2.0, 1.0]
+    verdicts = by_rewards(penalty=5.0, a=text_length)([Prompt([1, 6], "has the end token", {}, 0), PROMPTS[1]], OPEN, DONE)
+    assert verdicts.first_scores == [-2.0, 1.0] and verdicts.second_scores == [1.0, 2.0]
+
+
+def test_each_reward_of_several_is_logged():
+    verdicts = by_rewards(weight=2.0, a=text_length, b=constant(4.0, None, 8.0, None))(PROMPTS, DONE, OPEN)
+    assert verdicts.sums == {"objective/scores_a": (7.0, 4), "objective/scores_b": (12.0, 2)}
+    assert by_rewards(a=text_length)(PROMPTS, DONE, OPEN).sums == {}
 
 
 @pytest.mark.parametrize(("ties", "expected"), [("first", 1.0), ("skip", None), ("soft", 0.5)])
 def test_ties(ties, expected):
-    decide = decide_by_rewards({"same": (lambda p, c: [1.0] * len(c), 1.0)}, 0.0, ties)
-    assert decide(PROMPTS, DONE, OPEN).preferences == [expected] * 2
+    assert by_rewards(ties, same=constant(1.0, 1.0, 1.0, 1.0))(PROMPTS, DONE, OPEN).preferences == [expected] * 2
 
 
 def test_higher_score_is_preferred():
-    verdicts = decide_by_rewards({"a": (text_length, 1.0)}, 0.0, "skip")(PROMPTS, DONE, OPEN)
-    assert verdicts.preferences == [0.0, 1.0] and verdicts.second_scores == [3.0, 1.0]
+    verdicts = by_rewards(a=text_length)(PROMPTS, DONE, OPEN)
+    assert verdicts.preferences == [0.0, 1.0] and verdicts.second_scores == [3.0, 1.0] and verdicts.texts == [None, None]
+
+
+def test_soft_preference_is_the_sigmoid_of_the_difference():
+    rewards = {"a": constant(2.0, 1e4, 1.0, -1e4)}
+    decide = decide_by_rewards(ask_rewards(rewards), {"a": 0.5}, 0.0, "skip", soft_preference=True)
+    assert decide(PROMPTS, DONE, DONE).preferences == [pytest.approx(1 / (1 + math.exp(-0.5))), 1.0]
+    even = decide_by_rewards(ask_rewards({"a": constant(3.0, None, 3.0, 1.0)}), {"a": 1.0}, 0.0, "skip", soft_preference=True)
+    assert even(PROMPTS, DONE, DONE).preferences == [0.5, None]
 
 
 @pytest.mark.parametrize(
@@ -44,26 +84,36 @@ def test_higher_score_is_preferred():
 )
 def test_a_wrong_reward_is_named(values, said):
     with pytest.raises(ValueError, match=r"reward\.mine") as caught:
-        decide_by_rewards({"mine": (lambda p, c: values, 1.0)}, 0.0, "skip")(PROMPTS, DONE, OPEN)
+        by_rewards(mine=lambda p, c: values)(PROMPTS, DONE, OPEN)
     assert said in str(caught.value)
+
+
+def test_where_a_reward_raised_is_named():
+    async def broken(prompts, completions):
+        return [prompt.row["column"] for prompt in prompts]
+
+    for reward in (broken, lambda p, c: p[0].row["column"]):
+        with pytest.raises(ValueError, match=r"reward\.mine: its function raised KeyError: 'column'\n  .*test_judges.py:\d+ in"):
+            by_rewards(mine=reward)(PROMPTS, DONE, OPEN)
 
 
 def test_a_judge_outside_the_unit_interval_is_named():
     with pytest.raises(ValueError, match=r"judge: gave 1.5"):
-        decide_by_judge(lambda p, a, b: [0.5, 1.5], None)(PROMPTS, DONE, OPEN)
+        ask_judge(lambda p, a, b: [0.5, 1.5])(PROMPTS, DONE, OPEN)
 
 
 def test_abstained_pairs_are_left_out_and_counted():
     generate = lambda prompts, model, *, step, side: (DONE + OPEN)[: len(prompts)]  # noqa: E731
-    decide = decide_by_judge(lambda p, a, b: [None, 0.25], None)
+    decide = decide_by_judge(ask_judge(lambda p, a, b: Judgement([None, 0.25], [None, "B"], {"judge/calls": (2, 0)})), None)
     (batch,) = online_pairs([(3, PROMPTS)], generate, decide, candidates="policy_policy")
     assert batch.step == 3 and [tuple(pair.first_ids) for pair in batch.pairs] == [(6,)]
     assert batch.pairs[0].preference == 0.25 and batch.sums["judge/abstained"] == (1, 0)
+    assert batch.sums["judge/calls"] == (2, 0) and decide(PROMPTS, DONE, OPEN).texts == [None, "B"]
     assert batch.sums["val/contain_eos_token"] == (3, 4)
 
 
 def test_evaluation_means_and_interval():
-    decide = decide_by_rewards({"a": (text_length, 1.0)}, 0.0, "soft")
+    decide = by_rewards("soft", a=text_length)
     values, rows = evaluate(PROMPTS, DONE, OPEN, decide(PROMPTS, DONE, OPEN))
     summary = summarise(values)
     assert summary["eval/win_rate"] == 0.5 and summary["eval/reward"] == 1.5 and summary["eval/reward_reference"] == 2.0
