@@ -1,7 +1,7 @@
 """What a user sees of a run, written by rank 0: the run directory, metrics, TensorBoard, Weights & Biases, samples, the console.
 
     RUN_DIR/config.yaml         the resolved config (config.resume-<n>.yaml where a resumed run's differs)
-    RUN_DIR/environment.json    versions, commit, command line (environment.resume-<n>.json for each resumption)
+    RUN_DIR/environment.json    versions, commit, command line, device, kernels (environment.resume-<n>.json for each resumption)
     RUN_DIR/metrics.jsonl       one JSON object per step, steps rising; a non-finite number is null
     RUN_DIR/samples/            step_000010.jsonl: sampled pairs; evaluation_000010.jsonl: policy against reference
     RUN_DIR/tensorboard/        the same numbers and tables as events
@@ -33,6 +33,8 @@ from rich.text import Text
 
 from megapref import display
 
+PACKAGES = ("megapref", "torch", "megatron-core", "transformers", "datasets", "hydra-core", "numpy")
+
 
 @contextmanager
 def _os_errors_told(path: Path) -> Iterator[None]:
@@ -49,13 +51,16 @@ def _os_errors_told(path: Path) -> Iterator[None]:
         raise ValueError(f"run.dir={path}: cannot write there, {cause}; {remedy}") from error
 
 
-def create_run_dir(path: str | Path, resolved_yaml: str, resume: bool) -> Path:
-    """The run directory, with config and environment on record; ValueError if it cannot be written, or holds a run and not `resume`."""
+def create_run_dir(path: str | Path, resolved_yaml: str, resume: bool, device: dict[str, Any] | None = None) -> Path:
+    """The run directory, with config and environment on record; ValueError if it cannot be written, or holds a run and not `resume`.
+
+    `device` is what mcore/capabilities.py reports, added to the environment.
+    """
     path = Path(path)
     holds_run = (path / "metrics.jsonl").exists() or (path / "checkpoints").exists()
     if holds_run and not resume:
         raise ValueError(f"run.dir={path} already holds a run; use run.resume=auto to go on with it, or another run.dir")
-    environment = json.dumps(environment_report(), indent=2) + "\n"
+    environment = json.dumps(environment_report() | (device or {}), indent=2) + "\n"
     with _os_errors_told(path):
         path.mkdir(parents=True, exist_ok=True)
         if not holds_run:
@@ -93,7 +98,7 @@ def environment_report() -> dict[str, Any]:
     changes = _git(root, "status", "--porcelain") if in_checkout else None
     return {
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("megapref", "torch", "megatron-core", "transformers")},
+        "versions": {name: _version(name) for name in PACKAGES},
         "git_commit": _git(root, "rev-parse", "--verify", "HEAD") if in_checkout else None,
         "git_dirty": None if changes is None else bool(changes),
         "command": shlex.join(sys.argv),

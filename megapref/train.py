@@ -24,7 +24,7 @@ from megapref.convert.hf import export_hf, find_model, fingerprint, load_hf
 from megapref.data.chat import load_tokenizer
 from megapref.losses.combined import combine, is_of_completions, parts
 from megapref.losses.pairs import sft
-from megapref.mcore import batch_wide, checkpoint, reference, setup
+from megapref.mcore import batch_wide, capabilities, checkpoint, reference, setup
 from megapref.mcore.model import build_model
 from megapref.mcore.optimizer import build_optimizer, learning_rate, wrap_for_training
 from megapref.mcore.step import TrainState, train_step
@@ -276,7 +276,7 @@ def _make_run_dir(cfg: Config, resume_from: Path | None) -> None:
         )
     # From a checkpoint of another run a new one starts, in a directory of its own.
     is_own = cfg.run.resume == "auto" or (resume_from is not None and run_dir.resolve() in resume_from.resolve().parents)
-    runlog.create_run_dir(run_dir, to_yaml(cfg), resume=is_own)
+    runlog.create_run_dir(run_dir, to_yaml(cfg), resume=is_own, device=capabilities.report())
 
 
 def _open_log(cfg: Config, run: Run, resume_from: Path | None) -> runlog.RunLog:
@@ -284,6 +284,7 @@ def _open_log(cfg: Config, run: Run, resume_from: Path | None) -> runlog.RunLog:
     resumed_at = run.state.step if resume_from else None
     unused = checkpoint.set_aside_after(run_dir / "checkpoints", run.state.step)
     log = runlog.RunLog(run_dir, total_steps=run.total_steps, resumed_at=resumed_at, tensorboard=cfg.log.tensorboard, wandb=cfg.log.wandb)
+    log.message(f"{capabilities.summary()} (environment.json)")
     if resume_from:
         log.message(f"resumed from {resume_from}")
     for path in unused:

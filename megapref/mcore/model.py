@@ -24,6 +24,16 @@ from megapref.mcore import cpu
 from megapref.mcore.attention import SegmentAttention, SegmentParams
 from megapref.mcore.norm import Norm
 
+# Core's fused kernels, which need Transformer Engine, apex or a GPU.
+FUSIONS = {
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+    "masked_softmax_fusion": False,
+    "gradient_accumulation_fusion": False,
+    "persist_layer_norm": False,
+    "apply_rope_fusion": False,
+}
+
 
 def build_model(spec: ModelSpec, parallel: Parallel, dtype: torch.dtype) -> list[Module]:
     """This process's part of the model, one module per chunk of layers, its weights not yet set (see convert.hf.load_hf).
@@ -141,13 +151,7 @@ def _transformer_config(spec: ModelSpec, parallel: Parallel, dtype: torch.dtype)
         hidden_dropout=0.0,
         perform_initialization=False,
         use_cpu_initialization=cpu.ACTIVE,
-        # Core's fused kernels need Transformer Engine, apex or a GPU.
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-        persist_layer_norm=False,
-        apply_rope_fusion=False,
+        **FUSIONS,
     )
 
 
