@@ -29,8 +29,8 @@ def check(cfg: Config, world_size: int | None, hf_config: dict[str, Any] | None)
 
     `hf_config` is the model's config.json; call again once a hub model's is there.
     """
-    of_values = [*_layout(cfg, world_size), *_model(cfg, hf_config), *_lengths(cfg), *_method(cfg), *_optimizer(cfg), *_sources(cfg)]
-    errors = [*of_values, *_files(cfg)]
+    of_values = [*_layout(cfg, world_size), *_model(cfg, hf_config), *_lengths(cfg), *_method(cfg), *_streaming(cfg)]
+    errors = [*of_values, *_optimizer(cfg), *_sources(cfg), *_files(cfg)]
     if errors:
         raise ValueError("\n".join(errors))
 
@@ -164,9 +164,20 @@ def _method(cfg: Config) -> Iterator[str]:
         )
 
 
+def _streaming(cfg: Config) -> Iterator[str]:
+    if not cfg.data.streaming:
+        return
+    if cfg.method.pairs == "online":
+        yield 'data.streaming=true reads pairs while training, but method.pairs="online" reads prompts; use data.streaming=false'
+    if cfg.reference.mode == "cached":
+        yield 'reference.mode="cached" scores all rows before training, but data.streaming=true reads them during it; use resident or swapped'
+    if cfg.train.epochs is not None:
+        yield f"train.epochs={cfg.train.epochs:g}: how many rows an epoch has is not known with data.streaming=true; use train.steps"
+
+
 def _optimizer(cfg: Config) -> Iterator[str]:
     o = cfg.optimizer
-    if o.warmup_steps >= cfg.train.steps:
+    if cfg.train.epochs is None and o.warmup_steps >= cfg.train.steps:
         yield f"optimizer.warmup_steps={o.warmup_steps} leaves none of train.steps={cfg.train.steps}; use at most {cfg.train.steps - 1}"
     if o.min_lr > o.lr:
         yield f"optimizer.min_lr={o.min_lr} is more than optimizer.lr={o.lr}; use at most {o.lr}"

@@ -73,7 +73,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Data:
-    train: list[Source] = field(default_factory=list)  # sources, all read before training
+    train: list[Source] = field(default_factory=list)  # sources, all read before training, but for data.streaming
     validation: dict[str, Source] = field(default_factory=dict)  # named sources; metrics are prefixed validation-<name>_
     max_length: Count | None = None  # prompt + completion tokens; default: pack.max_tokens
     max_prompt_length: Count | None = None  # tokens
@@ -84,6 +84,8 @@ class Data:
     ties: Literal["error", "skip"] = "error"  # rows that prefer neither completion; skip: counted in the log
     on_bad_row: Literal["error", "skip"] = "error"  # skip: counted in the log
     shuffle: bool = True  # anew every epoch
+    streaming: bool = False  # read data.train while training, for sources larger than memory
+    shuffle_buffer: Count = 10_000  # rows of each source that are held to be shuffled, with data.streaming
 
 
 @dataclass(frozen=True)

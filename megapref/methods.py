@@ -46,6 +46,8 @@ def check_plugins(cfg: Config) -> None:
                 "or reference.mode=free to take the reference's log-probabilities as 0"
             )
         errors += _unpaired(cfg, loss)
+        if cfg.data.streaming and len(load_losses(cfg.loss)) > 1:
+            errors.append("loss.params has a value for each epoch, but with data.streaming=true no epoch has a known end; give one value")
     except ValueError as error:
         errors.append(str(error))
     plugins = {f"reward.{name}": plugin for name, plugin in cfg.reward.items()} | ({"judge": cfg.judge} if cfg.judge else {})

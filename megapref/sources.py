@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -17,6 +17,7 @@ from megapref.data.mixture import Rows
 from megapref.data.offline import load_pairs, mismatched, offline_pairs, pair_options
 from megapref.data.packing import pack, packing_stats
 from megapref.data.prompts import load_prompts, prompt_batches, prompt_options
+from megapref.data.stream import Stream, digest_of, stream_pairs
 from megapref.inference.engine import make_generate
 from megapref.mcore import setup
 from megapref.mcore.generation import Engine
@@ -35,9 +36,12 @@ Evaluate = Callable[[], tuple[dict[str, float], list[dict]]]  # metrics of all r
 
 @dataclass(frozen=True)
 class Data:
-    """The tokenised rows of a run: prompts of an online method, else pairs; `counts` of what was changed while they were read."""
+    """The tokenised rows of a run: prompts of an online method, else pairs; `counts` of what was changed while they were read.
 
-    train: Rows
+    Training rows that are read while training are a `Stream`.
+    """
+
+    train: Rows | Stream
     validation: dict[str, list]
     counts: dict[str, int]
 
@@ -48,14 +52,22 @@ def load_data(cfg: Config, tokenizer: PreTrainedTokenizerBase, max_positions: in
     ValueError for a row that cannot be used, in a pack or in a model of `max_positions`.
     """
     load = partial(_load_prompts, cfg, tokenizer) if cfg.method.pairs == "online" else partial(_load_pairs, cfg, tokenizer, unpaired)
-    train, counts = load(cfg.data.train)
     validation = {name: load([source])[0][: cfg.evaluation.max_prompts] for name, source in cfg.data.validation.items()}
-    longest = longest_sequence(cfg, chain(train, *validation.values()))
-    if longest > max_positions:
-        raise ValueError(
-            f"model.path={cfg.model.path} has {max_positions} positions (max_position_embeddings), but the longest prompt with its completion "
-            f"takes {longest} tokens; lower data.max_length, data.max_prompt_length or generation.max_new_tokens, or use another model"
-        )
+
+    def check(rows: Iterable) -> None:
+        longest = longest_sequence(cfg, rows)
+        if longest > max_positions:
+            raise ValueError(
+                f"model.path={cfg.model.path} has {max_positions} positions (max_position_embeddings), but the longest prompt with its completion "
+                f"takes {longest} tokens; lower data.max_length, data.max_prompt_length or generation.max_new_tokens, or use another model"
+            )
+
+    check(chain(*validation.values()))
+    if cfg.data.streaming:
+        options = pair_options(cfg, _pack_tokens(cfg)) | {"unpaired": unpaired}
+        return Data(Stream(cfg.data.train, tokenizer, options, cfg.data.shuffle_buffer, check), validation, {})
+    train, counts = load(cfg.data.train)
+    check(train)
     return Data(train, validation, counts)
 
 
@@ -69,11 +81,13 @@ def longest_sequence(cfg: Config, rows) -> int:
             return len(row.prompt_ids) + len(row.ids)
         return len(row.prompt_ids) + max(len(row.first_ids), len(row.second_ids))
 
-    return max(map(length, rows))
+    return max(map(length, rows), default=0)
 
 
-def fingerprint(rows: Sequence[Prompt | TokenPair]) -> str:
-    """A digest of the rows' tokens, in their order."""
+def fingerprint(rows: Rows | Stream) -> str:
+    """A digest of the rows' tokens, in their order; of a stream `digest_of`."""
+    if isinstance(rows, Stream):
+        return digest_of(rows)
     digest = hashlib.sha256()
     for row in rows:
         for ids in _token_lists(row):
@@ -92,7 +106,9 @@ def _token_lists(row: Prompt | TokenPair | TokenCompletion) -> tuple[Sequence[in
 
 
 def of_epoch(cfg: Config, data: Data, losses: list[Loss], step: int) -> Loss:
-    """The loss of the epoch that step `step` (from 0) is in; the last one stays."""
+    """The loss of the epoch that step `step` (from 0) is in; the last one stays. A stream's epochs have no known end: it has one loss."""
+    if isinstance(data.train, Stream):
+        return losses[0]
     return losses[min(step * cfg.train.global_batch_size // len(data.train), len(losses) - 1)]
 
 
@@ -145,6 +161,9 @@ def offline_source(
             metrics |= {f"validation-{name}_{key}": value for key, value in measured.items()}
         return metrics, []
 
+    if isinstance(data.train, Stream):
+        read = setup.on_every_rank(partial(next, stream_pairs(data.train, **_deal(cfg, state))))
+        return iter(read, None), evaluate_now
     return offline_pairs(data.train, **_deal(cfg, state), counts=data.counts), evaluate_now
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, sigmoid
@@ -18,7 +20,8 @@ def kto(completions: UnpairedLogps, *, beta: Positive = 0.1, lambda_d: float = 1
     K is the completions' extra `kl`: max(0, mean of r) over the global batch's completions after prompts that are not theirs, without gradient.
     """
     u_C = beta * (completions.log_ratio_C - completions.extras_C["kl"])
-    return _total(completions, lambda_d * sigmoid(-u_C), lambda_u * sigmoid(u_C), beta)
+    output = _total(completions, lambda_d * sigmoid(-u_C), lambda_u * sigmoid(u_C), beta)
+    return replace(output, metric_sums=output.metric_sums | {"kto/kl": completions.extras_C["kl"].sum()})
 
 
 @of_completions

@@ -29,7 +29,8 @@ MAY_IMPORT = {
     "sources": ("batch", "config", "data", "inference", "mcore", "online", "plugins"),
     "progress": ("config",),
     "caching": ("batch", "config", "data", "mcore", "sources"),
-    "train": ("batch", "caching", "checks", "config", "convert", "data", "losses", "mcore", "methods", "progress", "runlog", "sources"),
+    "build": ("batch", "caching", "config", "convert", "data", "losses", "mcore", "methods", "progress", "sources"),
+    "train": ("batch", "build", "config", "losses", "mcore", "progress", "runlog"),
 }
 
 
