@@ -74,16 +74,40 @@ class TokenCompletion:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """Two of a prompt's candidates, by their numbers, and P(the first is better); None: no verdict."""
+
+    first: int
+    second: int
+    preference: float | None
+    text: str | None  # the judge's raw answer
+    trained: bool
+
+
+@dataclass(frozen=True)
+class Contest:
+    """What became of a prompt of an online method: its candidates, the model that sampled each, their scores, the comparisons made of them."""
+
+    prompt: Prompt
+    candidates: list[Completion]
+    models: tuple[str, ...]  # of each candidate: policy, reference
+    scores: list[float | None]  # of each candidate; None: nothing scored it
+    comparisons: list[Comparison]
+
+
+@dataclass(frozen=True)
 class PairBatch:
     """What a pair source yields for one optimizer step: this data-parallel rank's share of the pairs and what is worth logging of their making.
 
     `sums` maps a metric name to (sum, count); `samples` are rows for the table of completions. Methods without pairs have `TokenCompletion`s.
+    `contests` are where an online method's pairs come from: their trained comparisons, in order, are the pairs.
     """
 
     step: int
     pairs: list[TokenPair] | list[TokenCompletion]
     sums: dict[str, tuple[float, float]] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
+    contests: list[Contest] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

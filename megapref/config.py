@@ -91,7 +91,9 @@ class Data:
 @dataclass(frozen=True)
 class Method:
     pairs: Literal["online", "offline"] = "online"  # online: sampled and judged; offline: read from data.train
-    candidates: Literal["policy_policy", "policy_reference"] = "policy_policy"  # who samples the two completions
+    candidates: Literal["policy_policy", "policy_reference"] = "policy_policy"  # who samples: the policy one half, it or the reference the other
+    num_candidates: Annotated[int, ">= 2"] = 2  # completions of each prompt
+    pairing: Literal["best_worst", "all"] = "best_worst"  # of more than two: one pair, or all (of two models: one of each)
     ties: Literal["first", "skip", "soft"] = "first"  # equal scores: the first wins, no pair, or preference 0.5
     missing_eos_penalty: NotNegative = 0.0  # subtracted from the score of a completion that does not end
 

@@ -24,7 +24,7 @@ from megapref.mcore.generation import Engine
 from megapref.mcore.reference import Reference
 from megapref.mcore.step import TrainState, evaluate_packs
 from megapref.online import judges
-from megapref.online.pairs import evaluate, online_pairs, summarise
+from megapref.online.pairs import evaluate, models_of, online_pairs, summarise
 from megapref.plugins import load_plugin
 
 # Validation prompts are sampled with the noise of this "step", the same at every evaluation and never that of a training step.
@@ -142,15 +142,15 @@ def online_source(
         engines["reference"] = ref.during(own.generate)
     generate = make_generate(engines, cfg.generation, tokenizer, cfg.run.seed)
     batches = prompt_batches(data.train, **_deal(cfg, state))
-    source = online_pairs(batches, generate, _decide(cfg, cfg.method.ties), candidates=cfg.method.candidates, counts=data.counts)
+    models = models_of(cfg.method.candidates, cfg.method.num_candidates)
+    how = {"models": models, "pairing": cfg.method.pairing, "by_scores": cfg.judge is None}
+    source = online_pairs(batches, generate, _decide(cfg, cfg.method.ties), **how, counts=data.counts)
     # A tie is half a win when models are compared, whatever training does with it.
     prompts = list(chain(*data.validation.values())) if ref else []
     return source, _against_reference(prompts, generate, _decide(cfg, "soft"), moves=cfg.reference.sync_steps > 0)
 
 
-def offline_source(
-    cfg: Config, data: Data, state: TrainState, losses: list[Loss], prepare: Prepare
-) -> tuple[Iterator[PairBatch], Evaluate]:
+def offline_source(cfg: Config, data: Data, state: TrainState, losses: list[Loss], prepare: Prepare) -> tuple[Iterator[PairBatch], Evaluate]:
     """Pairs from files from step `state.step` on; evaluation measures the epoch's loss on the validation pairs."""
 
     def evaluate_now() -> tuple[dict[str, float], list[dict]]:

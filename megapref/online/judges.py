@@ -75,9 +75,7 @@ def total(values: Values, weights: dict[str, float], missing_eos_penalty: float,
     return sum(given) - (0.0 if completion.finished else missing_eos_penalty) if given else None
 
 
-def decide_by_rewards(
-    score: Score, weights: dict[str, float], missing_eos_penalty: float, ties: str, *, soft_preference: bool = False
-) -> Decide:
+def decide_by_rewards(score: Score, weights: dict[str, float], missing_eos_penalty: float, ties: str, *, soft_preference: bool = False) -> Decide:
     """Prefers the higher score; equal scores make no pair (`ties` "skip"), an even preference ("soft"), or prefer the first ("first").
 
     With `soft_preference` the preference is the sigmoid of the difference of scores instead (Bradley and Terry), ties or not.
@@ -92,9 +90,11 @@ def decide_by_rewards(
         return preference_of_tie if a == b else float(a > b)
 
     def decide(prompts: list[Prompt], first: list[Completion], second: list[Completion]) -> Verdicts:
-        values = score(prompts * 2, first + second)
-        totals = [total(of, weights, missing_eos_penalty, completion) for of, completion in zip(values, first + second, strict=True)]
-        first_scores, second_scores = totals[: len(prompts)], totals[len(prompts) :]
+        # A candidate of several pairs is scored once.
+        once = {id(completion): (prompt, completion) for prompt, completion in zip(prompts * 2, first + second, strict=True)}
+        values = score([prompt for prompt, _ in once.values()], [completion for _, completion in once.values()])
+        totals = {key: total(of, weights, missing_eos_penalty, completion) for (key, (_, completion)), of in zip(once.items(), values, strict=True)}
+        first_scores, second_scores = ([totals[id(completion)] for completion in side] for side in (first, second))
         preferences = [compare(a, b) for a, b in zip(first_scores, second_scores, strict=True)]
         return Verdicts(preferences, first_scores, second_scores, [None] * len(prompts), _means_by_reward(values, weights))
 

@@ -1,12 +1,14 @@
-"""The online pair source: sample two candidates for each prompt, judge them, yield token pairs."""
+"""The online pair source: sample k candidates for each prompt, compare them two by two, yield token pairs."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from itertools import combinations
 from statistics import fmean
 
-from megapref.batch import Completion, Generate, PairBatch, Prompt, TokenPair
+from megapref.batch import Comparison, Completion, Contest, Generate, PairBatch, Prompt, TokenPair
 from megapref.online.judges import Decide, Verdicts
 
 OPPONENTS = {"policy_policy": "policy", "policy_reference": "reference"}
@@ -17,72 +19,137 @@ def online_pairs(
     generate: Generate,
     decide: Decide,
     *,
-    candidates: str,
+    models: tuple[str, ...],
+    pairing: str,
+    by_scores: bool,
     counts: Mapping[str, int] | None = None,
 ) -> Iterator[PairBatch]:
-    """Pairs of (policy sample, sample of the policy or the reference) for this rank's share of each step's prompts.
+    """Pairs of candidates for this rank's share of each step's prompts; `models` has who samples each candidate (`models_of`).
 
-    A pair without verdict is left out and counted (`judge/abstained`). A completion is trained on token for token as it was judged.
-    `counts` of the loading of prompts go with the first step.
+    Candidates are compared as `compare` says. A pair without verdict is left out and counted (`judge/abstained`). A completion is trained on
+    token for token as it was judged. `counts` of the loading of prompts go with the first step.
     """
     for step, prompts in prompt_batches:
         started = time.perf_counter()
-        first, second = sample_both(prompts, generate, OPPONENTS[candidates], step)
+        candidates = sample(prompts, generate, models, step)
         generated = time.perf_counter()
-        verdicts = decide(prompts, first, second)
+        contests, sums = compare(prompts, candidates, models, decide, pairing, by_scores)
         judged = time.perf_counter()
-        pairs = [
-            TokenPair(prompt.ids, a.ids, b.ids, preference)
-            for prompt, a, b, preference in zip(prompts, first, second, verdicts.preferences, strict=True)
-            if preference is not None
-        ]
-        sums = pair_metrics(first, second, verdicts) | verdicts.sums
+        sums |= pair_metrics(contests)
         sums["time/generate"] = (generated - started, 1)
         sums["time/judge"] = (judged - generated, 1)
         sums |= {name: (number, 1) for name, number in (counts or {}).items()}
         counts = None
-        yield PairBatch(step, pairs, sums, sample_rows(prompts, first, second, verdicts))
+        yield PairBatch(step, [pair for contest in contests for pair in token_pairs(contest)], sums, sample_rows(contests), contests)
 
 
-def sample_both(prompts: list[Prompt], generate: Generate, opponent: str, step: int) -> tuple[list[Completion], list[Completion]]:
-    """Both candidates of each prompt; decoded together when one model makes both."""
-    if opponent == "policy":
-        both = generate(prompts * 2, "policy", step=step, side=[0] * len(prompts) + [1] * len(prompts))
-        return both[: len(prompts)], both[len(prompts) :]
-    return generate(prompts, "policy", step=step, side=0), generate(prompts, opponent, step=step, side=1)
+def models_of(candidates: str, num_candidates: int) -> tuple[str, ...]:
+    """Who samples each of a prompt's candidates: the policy the first half (of an odd number the larger one), its opponent the second."""
+    theirs = num_candidates // 2
+    return ("policy",) * (num_candidates - theirs) + (OPPONENTS[candidates],) * theirs
 
 
-def pair_metrics(first: list[Completion], second: list[Completion], verdicts: Verdicts) -> dict[str, tuple[float, float]]:
+def sample(prompts: list[Prompt], generate: Generate, models: tuple[str, ...], step: int) -> list[list[Completion]]:
+    """The candidates of each prompt; those that one model makes are decoded together. Candidate j is sampled with the noise of side j."""
+    candidates: list[list] = [[None] * len(models) for _ in prompts]
+    for model in dict.fromkeys(models):
+        sides = [side for side, other in enumerate(models) if other == model]
+        made = iter(generate([prompt for prompt in prompts for _ in sides], model, step=step, side=sides * len(prompts)))
+        for own in candidates:
+            for side in sides:
+                own[side] = next(made)
+    return candidates
+
+
+def compare(
+    prompts: list[Prompt],
+    candidates: list[list[Completion]],
+    models: tuple[str, ...],
+    decide: Decide,
+    pairing: str,
+    by_scores: bool,
+) -> tuple[list[Contest], dict[str, tuple[float, float]]]:
+    """What became of each prompt's candidates, and the sums of the verdicts.
+
+    Every two candidates are compared, or, where two models sample, each of the one with each of the other. `pairing` all: all comparisons with a
+    verdict are trained on; best_worst: the one of the best and the worst, that is with the largest difference of scores, or where not `by_scores`
+    (a judge decides) of the mean probabilities of winning.
+    """
+    who = [(i, j) for i, j in combinations(range(len(models)), 2) if models[i] != models[j] or len(set(models)) == 1]
+    every = lambda side: [own[pair[side]] for own in candidates for pair in who]  # noqa: E731
+    verdicts = decide([prompt for prompt in prompts for _ in who], every(0), every(1))
+    contests = []
+    for n, (prompt, own) in enumerate(zip(prompts, candidates, strict=True)):
+        mine = slice(n * len(who), (n + 1) * len(who))
+        said = zip(who, verdicts.preferences[mine], verdicts.texts[mine], strict=True)
+        comparisons = [Comparison(i, j, p, text, trained=p is not None) for (i, j), p, text in said]
+        scores = _scores(who, verdicts, mine, len(models))
+        if pairing == "best_worst":
+            comparisons = _widest_only(comparisons, scores if by_scores else _chances(comparisons, len(models)))
+        contests.append(Contest(prompt, own, models, scores, comparisons))
+    return contests, verdicts.sums
+
+
+def _scores(who: list[tuple[int, int]], verdicts: Verdicts, mine: slice, number: int) -> list[float | None]:
+    """Each candidate's score, whatever comparison it was given in."""
+    scores: list[float | None] = [None] * number
+    for (i, j), a, b in zip(who, verdicts.first_scores[mine], verdicts.second_scores[mine], strict=True):
+        scores[i], scores[j] = a, b
+    return scores
+
+
+def _chances(comparisons: list[Comparison], number: int) -> list[float | None]:
+    """Each candidate's mean probability of winning, over its comparisons that have a verdict."""
+    won: list[list[float]] = [[] for _ in range(number)]
+    for each in comparisons:
+        if each.preference is not None:
+            won[each.first].append(each.preference)
+            won[each.second].append(1 - each.preference)
+    return [fmean(values) if values else None for values in won]
+
+
+def _widest_only(comparisons: list[Comparison], strength: list[float | None]) -> list[Comparison]:
+    """The comparisons, of which only the first with the largest difference of strengths stays trained."""
+    trained = [each for each in comparisons if each.trained]
+    widest = max(trained, key=lambda each: abs(strength[each.first] - strength[each.second]), default=None)
+    return [replace(each, trained=each is widest) for each in comparisons]
+
+
+def token_pairs(contest: Contest) -> list[TokenPair]:
+    """The comparisons that are trained on, in their order."""
+    prompt, own = contest.prompt, contest.candidates
+    return [TokenPair(prompt.ids, own[c.first].ids, own[c.second].ids, c.preference) for c in contest.comparisons if c.trained]
+
+
+def pair_metrics(contests: list[Contest]) -> dict[str, tuple[float, float]]:
     """(sum, count) of what is logged of candidates and verdicts; the names are TRL's."""
-    completions = first + second
-    scores = [s for s in verdicts.first_scores + verdicts.second_scores if s is not None]
-    margins = [
-        a - b if p >= 0.5 else b - a
-        for a, b, p in zip(verdicts.first_scores, verdicts.second_scores, verdicts.preferences, strict=True)
-        if a is not None and b is not None and p is not None
-    ]
-    ties = sum(a == b for a, b in zip(verdicts.first_scores, verdicts.second_scores, strict=True) if a is not None)
-    decided = [p for p in verdicts.preferences if p is not None]
+    candidates = [candidate for contest in contests for candidate in contest.candidates]
+    scores = [score for contest in contests for score in contest.scores if score is not None]
+    judged = [(contest.scores[each.first], contest.scores[each.second], each) for contest in contests for each in contest.comparisons]
+    margins = [a - b if each.preference >= 0.5 else b - a for a, b, each in judged if each.trained and a is not None and b is not None]
+    decided = [each.preference for _, _, each in judged if each.preference is not None]
     return {
         "objective/scores": (sum(scores), len(scores)),
         "objective/scores_margin": (sum(margins), len(margins)),
-        "val/contain_eos_token": (sum(c.finished for c in completions), len(completions)),
-        "generation/length": (sum(len(c.ids) for c in completions), len(completions)),
-        "generation/tokens": (sum(len(c.ids) for c in completions), 0),
+        "val/contain_eos_token": (sum(c.finished for c in candidates), len(candidates)),
+        "generation/length": (sum(len(c.ids) for c in candidates), len(candidates)),
+        "generation/tokens": (sum(len(c.ids) for c in candidates), 0),
         "judge/first_preferred": (sum(decided), len(decided)),
-        "judge/ties": (ties, len(first)),
-        "judge/abstained": (len(first) - len(decided), 0),
+        "judge/ties": (sum(a == b for a, b, _ in judged if a is not None), len(judged)),
+        "judge/abstained": (len(judged) - len(decided), 0),
     }
 
 
-def sample_rows(prompts: list[Prompt], first: list[Completion], second: list[Completion], verdicts: Verdicts) -> list[dict]:
-    """Rows for the table of completions."""
-    return [
-        {"prompt": prompt.text, "first": a.text, "second": b.text, "score_first": sa, "score_second": sb, "preference": p}
-        for prompt, a, b, sa, sb, p in zip(
-            prompts, first, second, verdicts.first_scores, verdicts.second_scores, verdicts.preferences, strict=True
-        )
-    ]
+def sample_rows(contests: list[Contest]) -> list[dict]:
+    """Rows for the table of completions: the comparisons that are trained on; of a prompt without one its first."""
+
+    def row(contest: Contest, each: Comparison) -> dict:
+        texts = {"first": contest.candidates[each.first].text, "second": contest.candidates[each.second].text}
+        scores = {"score_first": contest.scores[each.first], "score_second": contest.scores[each.second]}
+        return {"prompt": contest.prompt.text, **texts, **scores, "preference": each.preference}
+
+    shown = ([each for each in contest.comparisons if each.trained] or contest.comparisons[:1] for contest in contests)
+    return [row(contest, each) for contest, some in zip(contests, shown, strict=True) for each in some]
 
 
 def evaluate(

@@ -7,7 +7,7 @@ import pytest
 
 from megapref.batch import Completion, Judgement, Prompt
 from megapref.online.judges import ask_judge, ask_rewards, decide_by_judge, decide_by_rewards, total
-from megapref.online.pairs import evaluate, online_pairs, summarise
+from megapref.online.pairs import evaluate, summarise
 
 PROMPTS = [Prompt([1], "a", {}, 0), Prompt([2], "b", {}, 1)]
 DONE = [Completion([5], "x", True), Completion([6], "yy", True)]
@@ -65,6 +65,13 @@ def test_ties(ties, expected):
     assert by_rewards(ties, same=constant(1.0, 1.0, 1.0, 1.0))(PROMPTS, DONE, OPEN).preferences == [expected] * 2
 
 
+def test_a_completion_of_several_pairs_is_scored_once():
+    seen = []
+    decide = by_rewards(a=lambda p, c: seen.extend(c) or text_length(p, c))
+    verdicts = decide([PROMPTS[0]] * 3, [DONE[0], DONE[0], DONE[1]], [DONE[1], OPEN[0], OPEN[0]])
+    assert seen == [*DONE, OPEN[0]] and verdicts.first_scores == [1.0, 1.0, 2.0] and verdicts.second_scores == [2.0, 3.0, 3.0]
+
+
 def test_higher_score_is_preferred():
     verdicts = by_rewards(a=text_length)(PROMPTS, DONE, OPEN)
     assert verdicts.preferences == [0.0, 1.0] and verdicts.second_scores == [3.0, 1.0] and verdicts.texts == [None, None]
@@ -73,9 +80,9 @@ def test_higher_score_is_preferred():
 def test_soft_preference_is_the_sigmoid_of_the_difference():
     rewards = {"a": constant(2.0, 1e4, 1.0, -1e4)}
     decide = decide_by_rewards(ask_rewards(rewards), {"a": 0.5}, 0.0, "skip", soft_preference=True)
-    assert decide(PROMPTS, DONE, DONE).preferences == [pytest.approx(1 / (1 + math.exp(-0.5))), 1.0]
+    assert decide(PROMPTS, DONE, OPEN).preferences == [pytest.approx(1 / (1 + math.exp(-0.5))), 1.0]
     even = decide_by_rewards(ask_rewards({"a": constant(3.0, None, 3.0, 1.0)}), {"a": 1.0}, 0.0, "skip", soft_preference=True)
-    assert even(PROMPTS, DONE, DONE).preferences == [0.5, None]
+    assert even(PROMPTS, DONE, OPEN).preferences == [0.5, None]
 
 
 @pytest.mark.parametrize(
@@ -102,14 +109,10 @@ def test_a_judge_outside_the_unit_interval_is_named():
         ask_judge(lambda p, a, b: [0.5, 1.5])(PROMPTS, DONE, OPEN)
 
 
-def test_abstained_pairs_are_left_out_and_counted():
-    generate = lambda prompts, model, *, step, side: (DONE + OPEN)[: len(prompts)]  # noqa: E731
+def test_a_judge_may_give_raw_answers_and_sums():
     decide = decide_by_judge(ask_judge(lambda p, a, b: Judgement([None, 0.25], [None, "B"], {"judge/calls": (2, 0)})), None)
-    (batch,) = online_pairs([(3, PROMPTS)], generate, decide, candidates="policy_policy")
-    assert batch.step == 3 and [tuple(pair.first_ids) for pair in batch.pairs] == [(6,)]
-    assert batch.pairs[0].preference == 0.25 and batch.sums["judge/abstained"] == (1, 0)
-    assert batch.sums["judge/calls"] == (2, 0) and decide(PROMPTS, DONE, OPEN).texts == [None, "B"]
-    assert batch.sums["val/contain_eos_token"] == (3, 4)
+    verdicts = decide(PROMPTS, DONE, OPEN)
+    assert verdicts.preferences == [None, 0.25] and verdicts.texts == [None, "B"] and verdicts.sums == {"judge/calls": (2, 0)}
 
 
 def test_evaluation_means_and_interval():
