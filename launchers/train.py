@@ -12,7 +12,7 @@ import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megapref import config
+from megapref import config, launch
 from megapref.plugins import describe, did_you_mean, show
 from megapref.schema import MISSING, options
 
@@ -26,7 +26,7 @@ usage: torchrun --nproc-per-node N launchers/train.py --config-name RECIPE [--co
 
 Overrides: optimizer.lr=1e-5   parallel=tp2   data.train='[{path: a.jsonl}]'   +loss.params.label_smoothing=0.1   ~reward.kindness"""
 EXIT_USER_ERROR = 2
-# torchrun stops all processes as soon as one has ended: the others leave rank 0 the time to say why.
+# A launcher stops all processes as soon as one has ended: the others leave rank 0 the time to say why.
 SECONDS_FOR_RANK_0 = 10.0
 
 
@@ -81,8 +81,10 @@ def help_text(directories: list[Path]) -> str:
 
 def main(argv: list[str]) -> int:
     """Returns the exit code: 0, or 2 after a user's mistake. Other errors are raised as they are."""
-    rank = int(os.environ.get("RANK", "0"))
+    rank = launch.rank_at_a_guess(os.environ)
     try:
+        process = launch.detect(os.environ)
+        rank = process.rank
         arguments = parse(argv)
         directories = config.search_path(arguments.config_dir)
         if arguments.show_help:
@@ -90,14 +92,15 @@ def main(argv: list[str]) -> int:
             return 0
         if arguments.config_name is None:
             raise ValueError(f"--config-name is missing; there are {', '.join(sorted(config.recipes(directories)))} (and --help)")
-        num_processes = os.environ.get("WORLD_SIZE", None if arguments.show_config else "1")
-        cfg = config.load(arguments.config_name, arguments.overrides, arguments.config_dir, num_processes and int(num_processes))
+        world_size = None if arguments.show_config and process.launcher == "none" else process.world_size
+        cfg = config.load(arguments.config_name, arguments.overrides, arguments.config_dir, world_size)
         if arguments.show_config:
             say(rank, config.to_yaml(cfg).rstrip())
             return 0
         from megapref.methods import check_plugins  # brings torch: not for --help, --cfg or a wrong config
 
         check_plugins(cfg)
+        launch.connect(process)
     except ValueError as error:
         return fail(rank, str(error))
 
@@ -108,6 +111,7 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         return fail(rank, f"{error}\n(raised in {where.name}, {where.filename}:{where.lineno})", every_rank=True)
+    launch.leave(process)
     return 0
 
 

@@ -12,6 +12,7 @@ import yaml
 
 from megapref.checks import ROOT, check, resolve_path
 from megapref.config import RECIPES, Config, Data, Parallel, Source, WeightedPlugin, groups, load, recipes, search_path, to_yaml
+from megapref.launch import TORCHRUN
 from megapref.methods import check_plugins, load_losses
 from megapref.schema import MISSING, options
 
@@ -355,6 +356,10 @@ def test_options_have_a_comment_and_describe_the_defaults():
     }
 
 
+def of_torchrun(rank: int, world_size: int) -> dict[str, str]:
+    return dict(zip(TORCHRUN, map(str, (rank, world_size, rank, "127.0.0.1", 29500)), strict=True))
+
+
 def launch(*arguments, **environment):
     command = [sys.executable, "-X", "importtime", str(LAUNCHER), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
@@ -378,7 +383,7 @@ def test_launcher_prints_the_config():
 
 
 def test_launcher_ends_with_code_2_and_one_message():
-    code, out, errors, imports = launch("--config-name", "small", "--config-dir", "mine", "parallel=tp2", WORLD_SIZE="3", RANK="0")
+    code, out, errors, imports = launch("--config-name", "small", "--config-dir", "mine", "parallel=tp2", **of_torchrun(rank=0, world_size=3))
     assert code == 2 and out == "" and "torch" not in imports
     assert "Traceback" not in errors and "does not divide the world of 3 processes" in errors and len(errors.splitlines()) == 2
 
@@ -387,7 +392,7 @@ def test_launcher_ends_with_code_2_and_one_message():
 def launcher(monkeypatch):
     monkeypatch.syspath_prepend(str(LAUNCHER.parent))
     monkeypatch.delitem(sys.modules, "train", raising=False)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    for name in TORCHRUN:
         monkeypatch.delenv(name, raising=False)
     import train
 
@@ -411,7 +416,8 @@ def test_launcher_arguments(launcher, capsys, arguments, parts):
 
 
 def test_launcher_is_quiet_on_other_ranks(launcher, capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+    for name, value in of_torchrun(rank=1, world_size=2).items():
+        monkeypatch.setenv(name, value)
     assert launcher.main(["--config-name", "none"]) == 2 and launcher.main(["--help"]) == 0
     assert capsys.readouterr() == ("", "")
 
@@ -426,8 +432,8 @@ def test_launcher_reports_what_training_refuses(launcher, capsys, monkeypatch, p
     module = type(sys)("megapref.train")
     module.main = refuse
     monkeypatch.setitem(sys.modules, "megapref.train", module)
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in of_torchrun(rank=1, world_size=2).items():
+        monkeypatch.setenv(name, value)
     assert launcher.main(["--config-name", "small", "--config-dir", str(Path("mine").resolve())]) == 2
     error = capsys.readouterr().err
     assert "(rank 1):\nrows.jsonl row 1: no prompt\n(raised in refuse," in error and "Traceback" not in error

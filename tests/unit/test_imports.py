@@ -14,6 +14,7 @@ MAY_IMPORT = {
     "batch": (),
     "plugins": (),
     "display": (),
+    "launch": (),
     "runlog": ("display",),
     "losses": ("batch",),
     "schema": ("plugins",),
