@@ -94,7 +94,7 @@ class Method:
     candidates: Literal["policy_policy", "policy_reference"] = "policy_policy"  # who samples: the policy one half, it or the reference the other
     num_candidates: Annotated[int, ">= 2"] = 2  # completions of each prompt
     pairing: Literal["best_worst", "all"] = "best_worst"  # of more than two: one pair, or all (of two models: one of each)
-    ties: Literal["first", "skip", "soft"] = "first"  # equal scores: the first wins, no pair, or preference 0.5
+    ties: Literal["first", "skip", "soft"] | None = None  # equal scores, verdicts of 0.5: first wins, no pair, 0.5; null: first; skip for a judge
     missing_eos_penalty: NotNegative = 0.0  # subtracted from the score of a completion that does not end
 
 
@@ -163,9 +163,6 @@ class Generation:
 class Evaluation:
     every: Whole = 0  # steps; 0: at the start and the end only
     max_prompts: Count | None = None  # of each validation source; null: all
-    against: str = "reference"  # whom an online run's policy plays: reference; rows: the rows' own answers; or a Hugging Face model or a checkpoint
-    answers: str = "answer"  # the rows' column that has their own answers
-    temperature: NotNegative | None = None  # of both players' samples; 0: greedy; null: generation.temperature
     metric: str | None = None  # what tells a better model, such as validation-default_loss or eval/win_rate
     goal: Literal["min", "max"] = "min"  # of that metric
     patience: Whole = 0  # evaluations in a row without a better value that end the run; 0: it always runs to its end
@@ -227,9 +224,6 @@ def load(config_name: str, overrides: list[str], config_dir: str | None = None, 
     """
     errors: list[str] = []
     tree = _compose(config_name, overrides, search_path(config_dir), errors)
-    tree = {"run": {}} | tree
-    if isinstance(tree["run"], dict):
-        tree["run"] = {"dir": f"runs/{config_name}"} | tree["run"]
     cfg = build(Config, tree, errors)
     if errors:
         raise ValueError("\n".join(errors))
@@ -282,7 +276,10 @@ def _compose(config_name: str, overrides: list[str], directories: list[Path], er
         lines.append(f"hydra.searchpath=[{json.dumps(f'file://{other}')}]")
     try:
         with initialize_config_dir(str(home), version_base=None):
-            return OmegaConf.to_container(compose(config_name, lines), resolve=True)
+            tree = compose(config_name, lines)
+        if OmegaConf.is_dict(tree.get("run", OmegaConf.create())):
+            tree = OmegaConf.merge({"run": {"dir": f"runs/{config_name}"}}, tree)  # interpolations may use it
+        return OmegaConf.to_container(tree, resolve=True)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ValueError("\n".join([*errors, f"--config-name {config_name}: {_reason(error)}"])) from error
 
@@ -328,5 +325,4 @@ def _resolve_paths(cfg: Config) -> Config:
     paths = {name: path and resolve_path(path) for name, path in vars(cfg.model).items() if name in ("path", "tokenizer", "chat_template")}
     train, validation = [of(s) for s in cfg.data.train], {name: of(s) for name, s in cfg.data.validation.items()}
     model = dataclasses.replace(cfg.model, **paths)
-    evaluation = dataclasses.replace(cfg.evaluation, against=resolve_path(cfg.evaluation.against))
-    return dataclasses.replace(cfg, model=model, evaluation=evaluation, data=dataclasses.replace(cfg.data, train=train, validation=validation))
+    return dataclasses.replace(cfg, model=model, data=dataclasses.replace(cfg.data, train=train, validation=validation))

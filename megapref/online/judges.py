@@ -35,6 +35,7 @@ class Verdicts:
 
 Values = dict[str, float | None]  # what each reward gives for one completion
 Score = Callable[[list[Prompt], list[Completion]], list[Values]]
+OF_TIES = {"first": 1.0, "skip": None, "soft": 0.5}
 Decide = Callable[[list[Prompt], list[Completion], list[Completion]], Verdicts]
 
 
@@ -80,14 +81,12 @@ def decide_by_rewards(score: Score, weights: dict[str, float], missing_eos_penal
 
     With `soft_preference` the preference is the sigmoid of the difference of scores instead (Bradley and Terry), ties or not.
     """
-    preference_of_tie = {"first": 1.0, "skip": None, "soft": 0.5}[ties]
-
     def compare(a: float | None, b: float | None) -> float | None:
         if a is None or b is None:
             return None
         if soft_preference:
             return 0.5 * (1 + math.tanh((a - b) / 2))  # the sigmoid, without overflow
-        return preference_of_tie if a == b else float(a > b)
+        return OF_TIES[ties] if a == b else float(a > b)
 
     def decide(prompts: list[Prompt], first: list[Completion], second: list[Completion]) -> Verdicts:
         # A candidate of several pairs is scored once.
@@ -101,13 +100,16 @@ def decide_by_rewards(score: Score, weights: dict[str, float], missing_eos_penal
     return decide
 
 
-def decide_by_judge(ask: Callable[..., Judgement], decide_rewards: Decide | None) -> Decide:
-    """Prefers what the judge prefers; rewards, when there are any, are computed for the log alone."""
+def decide_by_judge(ask: Callable[..., Judgement], decide_rewards: Decide | None, ties: str = "soft") -> Decide:
+    """Prefers what the judge prefers, `ties` being verdicts of 0.5; rewards, when there are any, are computed for the log alone."""
 
     def decide(prompts: list[Prompt], first: list[Completion], second: list[Completion]) -> Verdicts:
         judged, nothing = ask(prompts, first, second), [None] * len(prompts)
         scored = decide_rewards(prompts, first, second) if decide_rewards else Verdicts(nothing, nothing, nothing, nothing)
-        return Verdicts(judged.preferences, scored.first_scores, scored.second_scores, judged.texts, scored.sums | judged.sums)
+        given = [p for p in judged.preferences if p is not None]
+        sums = scored.sums | judged.sums | {"judge/even": (given.count(0.5), len(given))}
+        preferences = [OF_TIES[ties] if p == 0.5 else p for p in judged.preferences]
+        return Verdicts(preferences, scored.first_scores, scored.second_scores, judged.texts, sums)
 
     return decide
 

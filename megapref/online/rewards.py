@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from megapref.batch import Completion, Prompt
 
@@ -91,6 +92,63 @@ def keyword(prompts: Sequence[Prompt], completions: Sequence[Completion], *, wor
     return [sum(p.search(completion.text) is not None for p in patterns) / len(patterns) for completion in completions]
 
 
+def format(
+    prompts: Sequence[Prompt], completions: Sequence[Completion], *, tags: Sequence[str] = (), sections: Sequence[str] = ()
+) -> list[float]:
+    """The share of required parts that each completion has, once and in this order: `tags`, <tag>text</tag>, and then `sections`, each a line
+    of its own such as "## Summary" with text below it."""
+    for name, value in (("tags", tags), ("sections", sections)):
+        if isinstance(value, str):
+            raise ValueError(f"reward parameter {name}={value!r} must be a list, such as [{value}]")
+    parts = [re.compile(rf"<{tag}>(.*?)</{tag}>", re.DOTALL) for tag in map(re.escape, tags)]
+    parts += [re.compile(rf"^{section}[ \t]*$\s*(\S?)", re.MULTILINE) for section in map(re.escape, sections)]
+    if not parts:
+        raise ValueError("reward format needs parameter tags or sections, a list of what a completion must have")
+    return [_share_in_order(parts, completion.text) for completion in completions]
+
+
+def _share_in_order(parts: Sequence[re.Pattern], text: str) -> float:
+    position = present = 0
+    for part in parts:
+        found = list(part.finditer(text))
+        if len(found) == 1 and found[0][1].strip() and found[0].start() >= position:
+            position, present = found[0].end(), present + 1
+    return present / len(parts)
+
+
+def same_answer(
+    prompts: Sequence[Prompt], completions: Sequence[Completion], *, column: str = "answer", pattern: str = r"<answer>(.*?)</answer>"
+) -> list[float | None]:
+    """1.0 for each completion in which what the last match of `pattern` has in its group is the text in the row's `column`, else 0.0.
+
+    Upper and lower case and white space make no difference. The column's value null makes the reward abstain.
+    """
+    try:
+        compiled = re.compile(pattern, re.DOTALL)
+    except re.error as error:
+        raise ValueError(f"reward parameter pattern={pattern!r} is not a regular expression: {error}") from error
+    if compiled.groups != 1:
+        raise ValueError(f"reward parameter pattern={pattern!r} must have one group, in parentheses, where the answer stands")
+    scores: list[float | None] = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        expected, given = _expected(prompt, column, "same_answer"), compiled.findall(completion.text)
+        scores.append(None if expected is None else float(bool(given) and _plain(given[-1]) == _plain(str(expected))))
+    return scores
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def _expected(prompt: Prompt, column: str, reward: str) -> Any:
+    if column not in prompt.row:
+        raise ValueError(
+            f"prompt row {prompt.index} has no column {column!r}, which reward {reward} compares with; "
+            f"its columns are {sorted(prompt.row)}: set the reward's params.column to one of them"
+        )
+    return prompt.row[column]
+
+
 def final_answer(
     prompts: Sequence[Prompt], completions: Sequence[Completion], *, column: str = "answer", markers: Sequence[str] = ("####", "A:")
 ) -> list[float | None]:
@@ -104,12 +162,7 @@ def final_answer(
 
 
 def _final_answer(prompt: Prompt, text: str, column: str, markers: Sequence[str]) -> float | None:
-    if column not in prompt.row:
-        raise ValueError(
-            f"prompt row {prompt.index} has no column {column!r}, which reward final_answer compares with; "
-            f"its columns are {sorted(prompt.row)}: set the reward's params.column to one of them"
-        )
-    answer = prompt.row[column]
+    answer = _expected(prompt, column, "final_answer")
     if answer is None:
         return None
     expected = _number_after(str(answer), markers)

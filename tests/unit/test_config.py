@@ -108,6 +108,8 @@ def test_group_choice_replaces_the_whole_group():
 
 def test_interpolation():
     assert small("data.max_length=${pack.max_tokens}", "pack.max_tokens=128", "generation.max_new_tokens=8").data.max_length == 128
+    of = lambda *overrides: load("online_dpo", ["judge=http", *overrides], world_size=None).judge.params["cache"]  # noqa: E731
+    assert of() == "runs/online_dpo/judge_cache" and of("run.dir=here") == "here/judge_cache"  # run.dir is known, given or not
 
 
 def test_round_trip(tmp_path):
@@ -266,7 +268,7 @@ def test_several_mistakes_are_listed_together():
         (
             ["reference.mode=free", "data.validation={held_out: {path: rows.jsonl}}"],
             1,
-            ['reference.mode="free", but data.validation names prompts', "use reference.mode=resident, evaluation.against=rows"],
+            ['reference.mode="free", but data.validation names prompts', "use reference.mode=resident or ~data.validation"],
         ),
     ],
 )

@@ -110,6 +110,48 @@ def test_keyword():
 
 
 @pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<think>so</think> <answer>4</answer>\n## Why\nbecause", 1.0),
+        ("<think>so\nor so</think><answer>4</answer>", 2 / 3),
+        ("<answer>4</answer><think>so</think>\n## Why\nbecause", 2 / 3),  # the order
+        ("<think>so</think><think>so</think><answer>4</answer>\n## Why \n\nbecause", 2 / 3),  # twice
+        ("<think> </think><answer>4</answer>\n## Why\n ", 1 / 3),  # nothing in it
+        ("<think>so</think><answer>4\nWhy? ## Why", 1 / 3),
+        ("", 0.0),
+    ],
+)
+def test_format(text, expected):
+    assert score(rewards.format, text, tags=["think", "answer"], sections=["## Why"]) == [pytest.approx(expected)]
+
+
+def test_format_names_what_is_wrong():
+    for params, said in (({}, "tags or sections"), ({"tags": "think"}, r"tags='think' must be a list")):
+        with pytest.raises(ValueError, match=said):
+            score(rewards.format, "a", **params)
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "expected"),
+    [
+        ("New York", "<answer>Boston</answer> no: <answer> new\nyork </answer>", 1.0),
+        ("New York", "New York", 0.0),
+        (4, "<answer>4</answer>", 1.0),
+        (None, "<answer>4</answer>", None),
+    ],
+)
+def test_same_answer(answer, text, expected):
+    assert rewards.same_answer(prompts({"answer": answer}), completions(text)) == [expected]
+    assert rewards.same_answer(prompts({"a": "d"}), completions("(c) (d)"), column="a", pattern=r"\((\w)\)") == [1.0]
+
+
+def test_same_answer_names_what_is_wrong():
+    for params, said in (({"pattern": "("}, "not a regular"), ({"pattern": "a"}, "must have one group"), ({"column": "b"}, "no column 'b'")):
+        with pytest.raises(ValueError, match=said):
+            rewards.same_answer(prompts({"answer": "1"}), completions("A: 1"), **params)
+
+
+@pytest.mark.parametrize(
     ("answer", "text", "expected"),
     [
         ("18", "16 - 7 = 9\n9 * 2 = 18\nA: 18", 1.0),
