@@ -1,18 +1,18 @@
 """Starts a training run: every launcher (torchrun, srun, mpirun) calls this file once per process.
 
 The config is read and checked before any process group starts. A user's mistake ends every process with exit code 2 and one message.
+SIGTERM and SIGUSR1 make the run save after its step and end with exit code 85: resume it.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-import time
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megapref import config, launch
+from megapref import config, launch, signals
 from megapref.plugins import describe, did_you_mean, show
 from megapref.schema import MISSING, options
 
@@ -80,7 +80,7 @@ def help_text(directories: list[Path]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Returns the exit code: 0, or 2 after a user's mistake. Other errors are raised as they are."""
+    """Returns the exit code: 0, 2 after a user's mistake, 85 after a signal. Other errors are raised as they are."""
     rank = launch.rank_at_a_guess(os.environ)
     try:
         process = launch.detect(os.environ)
@@ -107,12 +107,12 @@ def main(argv: list[str]) -> int:
     from megapref.train import main as train
 
     try:
-        train(cfg)
+        is_stopped = train(cfg)
     except ValueError as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         return fail(rank, f"{error}\n(raised in {where.name}, {where.filename}:{where.lineno})", every_rank=True)
     launch.leave(process)
-    return 0
+    return signals.EXIT_CODE if is_stopped else 0
 
 
 def say(rank: int, text: str) -> None:
@@ -123,12 +123,12 @@ def say(rank: int, text: str) -> None:
 
 def fail(rank: int, message: str, every_rank: bool = False) -> int:
     """Prints the message on rank 0, with `every_rank` also where a process is left to itself for a while; returns the exit code."""
-    if rank > 0:
-        time.sleep(SECONDS_FOR_RANK_0)
-    if rank == 0 or every_rank:
+    is_ended_by_launcher = rank > 0 and signals.noted_within(SECONDS_FOR_RANK_0)
+    if rank == 0 or (every_rank and not is_ended_by_launcher):
         print(f"megapref cannot run this{f' (rank {rank})' if rank else ''}:\n{message}", file=sys.stderr, flush=True)
     return EXIT_USER_ERROR
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with signals.noted():
+        sys.exit(main(sys.argv[1:]))

@@ -14,6 +14,7 @@ from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 from megapref.plugins import show
+from megapref.signals import seconds
 
 if TYPE_CHECKING:
     from megapref.config import Config
@@ -173,6 +174,12 @@ def _streaming(cfg: Config) -> Iterator[str]:
         yield 'reference.mode="cached" scores all rows before training, but data.streaming=true reads them during it; use resident or swapped'
     if cfg.train.epochs is not None:
         yield f"train.epochs={cfg.train.epochs:g}: how many rows an epoch has is not known with data.streaming=true; use train.steps"
+
+
+def _save(cfg: Config) -> Iterator[str]:
+    before = cfg.save.before_deadline
+    if before is not None and seconds(before) is None:
+        yield f"save.before_deadline={show(before)} is not a length of time; write 90s, 10m or 1h"
 
 
 def _optimizer(cfg: Config) -> Iterator[str]:

@@ -5,6 +5,7 @@
     RUN_DIR/metrics.jsonl       one JSON object per step, steps rising; a non-finite number is null
     RUN_DIR/samples/            step_000010.jsonl: sampled pairs; evaluation_000010.jsonl: policy against reference
     RUN_DIR/tensorboard/        the same numbers and tables as events
+    RUN_DIR/stopped.json        step and reason of a run that was asked to stop, until it is resumed
 
 Nothing of an earlier run is overwritten: without `resume` a directory that holds a run is refused.
 """
@@ -68,6 +69,7 @@ def create_run_dir(path: str | Path, resolved_yaml: str, resume: bool, device: d
             _write_new(path / "config.yaml", resolved_yaml)
             _write_new(path / "environment.json", environment)
             return path
+        (path / "stopped.json").unlink(missing_ok=True)
         number = 1 + len(list(path.glob("environment.resume-*.json")))
         configs = [path / "config.yaml", *(path / f"config.resume-{earlier}.yaml" for earlier in range(1, number))]
         texts = [config.read_text() for config in configs if config.exists()]
@@ -234,6 +236,14 @@ class RunLog:
         """Prints a line, above the progress bar where there is one."""
         if self.run_dir is not None:
             self._console.print(Text(text), soft_wrap=True)
+
+    def stopped(self, step: int, reason: str) -> None:
+        """Records that the run was asked to stop, for people and for the scripts that resume it."""
+        if self.run_dir is None:
+            return
+        with _os_errors_told(self.run_dir):
+            (self.run_dir / "stopped.json").write_text(json.dumps({"step": step, "reason": reason}) + "\n")
+        self.message(f"saved and stopped after step {step}, as {reason}; go on with run.resume=auto")
 
     def summary(self) -> None:
         """Prints how the main metrics went, samples before and after, and where everything is."""

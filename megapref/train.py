@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from megapref import runlog
+from megapref import runlog, signals
 from megapref.batch import PairBatch
 from megapref.build import Run, build
 from megapref.config import Config, to_yaml
@@ -23,8 +23,11 @@ from megapref.mcore.step import TrainState, train_step
 from megapref.progress import best_steps, evaluated, observed
 
 
-def main(cfg: Config) -> None:
-    """Runs what `cfg` describes on this process's share of the world. ValueError, on every rank alike, for what the user can mend."""
+def main(cfg: Config) -> bool:
+    """Runs what `cfg` describes on this process's share of the world; returns whether it stopped before its end, as it was asked to.
+
+    ValueError, on every rank alike, for what the user can mend.
+    """
     torch.manual_seed(cfg.run.seed)
     setup.start(cfg.parallel, cfg.run.seed)
     try:
@@ -33,17 +36,18 @@ def main(cfg: Config) -> None:
         run = build(cfg, resume_from)
         log = setup.on_first_rank(_open_log)(cfg, run, resume_from) or runlog.RunLog(None, total_steps=run.total_steps)
         try:
-            train(cfg, run, log)
+            return train(cfg, run, log)
         finally:
             log.close()
     finally:
         setup.stop()
 
 
-def train(cfg: Config, run: Run, log: runlog.RunLog) -> None:
-    """The loop: pairs, packs, reference, step; evaluation, samples and checkpoints when they are due."""
+def train(cfg: Config, run: Run, log: runlog.RunLog) -> bool:
+    """The loop: pairs, packs, reference, step; evaluation, samples and checkpoints when they are due. True where it was asked to stop."""
     state, progress, run_dir = run.state, run.progress, Path(cfg.run.dir)
     record = setup.on_first_rank(partial(_record, cfg, log))  # a full disk ends every rank
+    deadline = setup.on_first_rank(signals.deadline)(cfg.save.before_deadline)
     is_untrained = state.step == 0
     if is_untrained:
         evaluation, rows = _evaluate(run)
@@ -69,15 +73,21 @@ def train(cfg: Config, run: Run, log: runlog.RunLog) -> None:
             log.message(f"step {state.step}: {warning}")
         run.sync_reference()
         best = best_steps(progress, cfg)
-        if _due(state.step, cfg.save.every, last or bool(progress.stopped)) or state.step in best:
+        last = last or bool(progress.stopped)
+        stop = setup.largest(signals.asked_to_stop(deadline)) if not last else 0
+        if _due(state.step, cfg.save.every, last or stop > 0) or state.step in best:
             extra = {"made_with": run.identity, "progress": asdict(progress)}
             checkpoint.save_checkpoint(state, run_dir / "checkpoints", cfg.save.keep, extra, protected=best)
+        if stop:
+            setup.on_first_rank(log.stopped)(state.step, signals.reason(stop))
+            return True
     if progress.stopped:
         log.message(f"stopped after step {state.step}: {progress.stopped}")
     if cfg.save.export:
         best = [checkpoint.path_of(run_dir / "checkpoints", step) for step in best_steps(progress, cfg)[:1] if step != state.step]
         run.export(*best or [None], run_dir / "hf")
     setup.on_first_rank(log.summary)()
+    return False
 
 
 def _step(cfg: Config, run: Run, batch: PairBatch) -> dict[str, float]:

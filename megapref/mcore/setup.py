@@ -77,6 +77,13 @@ def gather_over_world(value: Any) -> list[Any]:
     return gathered
 
 
+def largest(number: int) -> int:
+    """The largest of every process's number, on every process."""
+    numbers = torch.tensor(number, device=device.current())
+    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return int(numbers)
+
+
 def agree(error: Exception | None) -> None:
     """Raises the first rank's error on every rank, when any rank has one; a collective of the whole world.
 

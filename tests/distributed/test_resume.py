@@ -113,6 +113,48 @@ def test_kill_at_a_save(inputs, whole_run, tmp_path, where):
     assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"step_000002", "step_000004", "step_000005"}
 
 
+def train_until_asked(tree: dict, who: int, step: int) -> bool:
+    """Trains; one rank alone gets two signals in the given step, or its Slurm job's time limit is near."""
+    from megapref import signals, train
+    from megapref.config import Config
+    from megapref.schema import build
+
+    train_step, rank = train.train_step, int(os.environ["RANK"])
+
+    def and_get_signals(state, *args):
+        metrics = train_step(state, *args)
+        for number in (signal.SIGUSR1, signal.SIGTERM) if (rank, state.step) == (who, step) else ():
+            os.kill(os.getpid(), number)
+        return metrics
+
+    train.train_step = and_get_signals
+    os.environ.update({"SLURM_JOB_ID": "1", "SLURM_JOB_END_TIME": "60"} if tree["save"].get("before_deadline") else {})
+    try:
+        with signals.noted():
+            return train.main(build(Config, tree, []))
+    finally:
+        train.train_step = train_step
+        for name in ("SLURM_JOB_ID", "SLURM_JOB_END_TIME"):
+            os.environ.pop(name, None)
+
+
+@pytest.mark.parametrize(
+    ("who", "step", "reason", "save"),
+    [(1, 3, "SIGUSR1 was received", {}), (None, 1, "the job's time limit is near", {"before_deadline": "1m"}), (0, 5, None, {})],
+)
+def test_asked_to_stop_it_saves_after_the_step_and_resumes_exactly(inputs, whole_run, tmp_path, who, step, reason, save):
+    """On every rank, whichever was asked; in the last step it goes to its end."""
+    whole, run_dir = whole_run("online", "dp2"), tmp_path / "run"
+    tree = options(inputs, run_dir, "online", train={"steps": 5}, save={"every": 2, "keep": 3, "export": True, **save})
+    assert run_distributed(train_until_asked, 2, tree, who, step) == [reason is not None] * 2
+    if reason:
+        assert json.loads((run_dir / "stopped.json").read_text()) == {"step": step, "reason": reason}
+        assert metrics_of(run_dir)[-1]["step"] == step and (run_dir / "checkpoints" / f"step_{step:06d}").exists()
+        assert set(resume(inputs, run_dir, "online", "dp2")) == {""}
+    assert not (run_dir / "stopped.json").exists()
+    same_as(run_dir, whole)
+
+
 @pytest.mark.parametrize("damage", ["flipped", "cut", "missing", "manifest"])
 def test_damaged_checkpoint_is_passed_over(inputs, whole_run, tmp_path, damage):
     whole = whole_run("offline", "one process")

@@ -15,10 +15,11 @@ MAY_IMPORT = {
     "plugins": (),
     "display": (),
     "launch": (),
+    "signals": (),
     "runlog": ("display",),
     "losses": ("batch",),
     "schema": ("plugins",),
-    "checks": ("plugins", "config"),  # config for annotations only
+    "checks": ("plugins", "signals", "config"),  # config for annotations only
     "config": ("checks", "schema", "plugins"),
     "data": ("batch",),
     "online": ("batch", "data", "inference"),
@@ -31,7 +32,7 @@ MAY_IMPORT = {
     "progress": ("config",),
     "caching": ("batch", "config", "data", "mcore", "sources"),
     "build": ("batch", "caching", "config", "convert", "data", "losses", "mcore", "methods", "progress", "sources"),
-    "train": ("batch", "build", "config", "losses", "mcore", "progress", "runlog"),
+    "train": ("batch", "build", "config", "losses", "mcore", "progress", "runlog", "signals"),
 }
 
 
