@@ -22,13 +22,12 @@ from megapref.convert.hf import export_hf, find_model, fingerprint, load_hf
 from megapref.data.chat import load_tokenizer
 from megapref.losses.combined import is_of_completions, parts
 from megapref.mcore import batch_wide, checkpoint, reference, setup
-from megapref.mcore.model import build_model
+from megapref.mcore.model import build_model, dtype_of
 from megapref.mcore.optimizer import build_optimizer, wrap_for_training
 from megapref.mcore.step import TrainState
 from megapref.methods import compares_with_reference, load_losses
+from megapref.opponent import load_opponent
 from megapref.progress import Progress
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -93,7 +92,8 @@ def build(cfg: Config, resume_from: Path | None) -> Run:
         export_hf(policy, inputs.spec, inputs.folder, folder, replace=resume_from is not None)
 
     if is_online:
-        source, evaluate = sources.online_source(cfg, inputs.data, state, ref, inputs.tokenizer)
+        opponent = partial(load_opponent, cfg, inputs.spec, inputs.tokenizer)
+        source, evaluate = sources.online_source(cfg, inputs.data, state, ref, inputs.tokenizer, opponent)
     else:
         source, evaluate = sources.offline_source(cfg, inputs.data, state, inputs.losses, prepare)
     loss_of_step = partial(sources.of_epoch, cfg, inputs.data, inputs.losses)
@@ -126,7 +126,7 @@ def _read_inputs(cfg: Config) -> Inputs:
 
 
 def _load_model(cfg: Config, inputs: Inputs) -> list[torch.nn.Module]:
-    chunks = build_model(inputs.spec, cfg.parallel, _DTYPES[cfg.precision.dtype])
+    chunks = build_model(inputs.spec, cfg.parallel, dtype_of(cfg.precision))
     load_hf(chunks, inputs.spec, inputs.folder)
     return chunks
 

@@ -158,10 +158,15 @@ def _method(cfg: Config) -> Iterator[str]:
             f'reference.mode="{reference.mode}", but method.candidates="policy_reference" samples from the reference; '
             "use reference.mode=resident or method.candidates=policy_policy"
         )
-    if not has_reference and method.pairs == "online" and cfg.data.validation:
+    if method.pairs == "offline" and cfg.evaluation.against != "reference":
+        yield (
+            f'evaluation.against={show(cfg.evaluation.against)} compares samples, but method.pairs="offline" makes none; '
+            "its evaluation is the loss on data.validation, so leave it out"
+        )
+    if not has_reference and method.pairs == "online" and cfg.data.validation and cfg.evaluation.against == "reference":
         yield (
             f'reference.mode="{reference.mode}", but data.validation names prompts on which an online run is compared with its reference; '
-            "use reference.mode=resident or ~data.validation"
+            "use reference.mode=resident, evaluation.against=rows or the path of a model, or ~data.validation"
         )
 
 
@@ -225,12 +230,16 @@ def _files(cfg: Config) -> Iterator[str]:
     folders = {"model.path": cfg.model.path, "model.tokenizer": cfg.model.tokenizer}
     if cfg.run.resume not in (None, "auto"):
         folders["run.resume"] = cfg.run.resume
+    if cfg.evaluation.against not in ("reference", "rows"):
+        folders["evaluation.against"] = cfg.evaluation.against
     for key, path in folders.items():
         if path is None or Path(path).is_dir() or (key == "model.tokenizer" and Path(path).suffix == ".model" and Path(path).is_file()):
             continue
         remedy = (
             "use null, auto or the folder of a checkpoint"
             if key == "run.resume"
+            else "use reference, rows, a Hugging Face folder, a hub name (owner/name) or the folder of a checkpoint"
+            if key == "evaluation.against"
             else "give a Hugging Face folder or a hub name (owner/name)"
         )
         if Path(path).exists():

@@ -163,6 +163,9 @@ class Generation:
 class Evaluation:
     every: Whole = 0  # steps; 0: at the start and the end only
     max_prompts: Count | None = None  # of each validation source; null: all
+    against: str = "reference"  # whom an online run's policy plays: reference; rows: the rows' own answers; or a Hugging Face model or a checkpoint
+    answers: str = "answer"  # the rows' column that has their own answers
+    temperature: NotNegative | None = None  # of both players' samples; 0: greedy; null: generation.temperature
     metric: str | None = None  # what tells a better model, such as validation-default_loss or eval/win_rate
     goal: Literal["min", "max"] = "min"  # of that metric
     patience: Whole = 0  # evaluations in a row without a better value that end the run; 0: it always runs to its end
@@ -326,4 +329,5 @@ def _resolve_paths(cfg: Config) -> Config:
     paths = {name: path and resolve_path(path) for name, path in vars(cfg.model).items() if name in ("path", "tokenizer", "chat_template")}
     train, validation = [of(s) for s in cfg.data.train], {name: of(s) for name, s in cfg.data.validation.items()}
     model = dataclasses.replace(cfg.model, **paths)
-    return dataclasses.replace(cfg, model=model, data=dataclasses.replace(cfg.data, train=train, validation=validation))
+    evaluation = dataclasses.replace(cfg.evaluation, against=resolve_path(cfg.evaluation.against))
+    return dataclasses.replace(cfg, model=model, evaluation=evaluation, data=dataclasses.replace(cfg.data, train=train, validation=validation))

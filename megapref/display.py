@@ -59,13 +59,13 @@ def evaluation_line(step: int, metrics: dict[str, Any]) -> str:
     """One line for the console that tells the evaluation made after `step` updates."""
     parts = []
     for label, key, form, beside, beside_form in (
-        ("win rate", "eval/win_rate", "{:.2f}", "eval/win_rate_ci", " ± {:.2f}"),
-        ("reward", "eval/reward", "{:+.2f}", "eval/reward_reference", " (reference {:+.2f})"),
-        ("length", "eval/length", "{:.1f}", None, ""),
-        ("KL", "eval/kl", "{:.2f}", None, ""),
+        ("win rate", "eval/win_rate", "{:.2f}", ("eval/win_rate_low", "eval/win_rate_high"), " ({:.2f} to {:.2f})"),
+        ("reward", "eval/reward", "{:+.2f}", ("eval/reward_opponent",), " (opponent {:+.2f})"),
+        ("length", "eval/length", "{:.1f}", (), ""),
+        ("KL", "eval/kl", "{:.2f}", (), ""),
     ):
         if key in metrics:
-            addition = _formatted(beside_form, metrics[beside]) if beside in metrics else ""
+            addition = _formatted(beside_form, *(metrics[name] for name in beside)) if all(name in metrics for name in beside) else ""
             parts.append(f"{label} {_formatted(form, metrics[key])}{addition}")
     return f"evaluation at step {step}: " + ", ".join(parts)
 
@@ -93,10 +93,11 @@ def first_and_last(records: list[dict[str, Any]]) -> Table:
 
 
 def before_and_after(rows: list[dict[str, Any]]) -> Table:
-    """Table of evaluation samples: prompt, the reference's completion, the policy's, each with its score."""
-    table = _table("Samples of the last evaluation", "prompt", "before (reference)", "after (policy)")
+    """Table of evaluation samples: prompt, the opponent's completion, the policy's, each with its score."""
+    opponent = "before (reference)" if rows and rows[0]["against"] == "reference" else "opponent"
+    table = _table("Samples of the last evaluation", "prompt", opponent, "policy" if opponent == "opponent" else "after (policy)")
     for row in rows:
-        sides = (Text(f"{_one_line(row[side])}\nscore {_score(row.get(f'score_{side}'))}\n") for side in ("reference", "policy"))
+        sides = (Text(f"{_one_line(row[side])}\nscore {_score(row.get(f'score_{side}'))}\n") for side in ("opponent", "policy"))
         table.add_row(Text(_one_line(row["prompt"])), *sides)
     return table
 
@@ -117,9 +118,9 @@ def markdown_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [keys, ["---"] * len(keys), *cells])
 
 
-def _formatted(form: str, value: float | None) -> str:
-    """`value` in `form`; None, which is how a non-finite number comes back from a file, reads nan."""
-    return form.format(float("nan") if value is None else value)
+def _formatted(form: str, *values: float | None) -> str:
+    """`values` in `form`; None, which is how a non-finite number comes back from a file, reads nan."""
+    return form.format(*(float("nan") if value is None else value for value in values))
 
 
 def _table(title: str, *headers: str) -> Table:

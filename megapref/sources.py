@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 
 import numpy as np
+import torch
 from transformers import PreTrainedTokenizerBase
 
-from megapref.batch import Completion, Generate, Loss, PackedBatch, PairBatch, Prompt, TokenCompletion, TokenPair
+from megapref.batch import Completion, Loss, PackedBatch, PairBatch, Prompt, TokenCompletion, TokenPair
 from megapref.config import Config, Source
 from megapref.data.mixture import Rows
 from megapref.data.offline import load_pairs, mismatched, offline_pairs, pair_options
@@ -21,10 +22,11 @@ from megapref.data.stream import Stream, digest_of, stream_pairs
 from megapref.inference.engine import make_generate
 from megapref.mcore import setup
 from megapref.mcore.generation import Engine
-from megapref.mcore.reference import Reference
+from megapref.mcore.reference import Reference, fill_reference
 from megapref.mcore.step import TrainState, evaluate_packs
 from megapref.online import judges
-from megapref.online.pairs import evaluate, models_of, online_pairs, summarise
+from megapref.online.evaluation import evaluation, kl_to_reference, own_answers
+from megapref.online.pairs import models_of, online_pairs
 from megapref.plugins import load_plugin
 
 # Validation prompts are sampled with the noise of this "step", the same at every evaluation and never that of a training step.
@@ -32,6 +34,7 @@ _EVALUATION_STEP = 2**40
 
 Prepare = Callable[[list, Loss], tuple[list[PackedBatch], dict[str, float]]]  # a step's rows -> this rank's packs, with all that the loss needs
 Evaluate = Callable[[], tuple[dict[str, float], list[dict]]]  # metrics of all ranks, rows for the table of samples
+Load = Callable[[int], list[torch.nn.Module]]  # the model chunks of evaluation.against, which are to have so many positions
 
 
 @dataclass(frozen=True)
@@ -131,23 +134,60 @@ def packs_of(cfg: Config, pairs: list[TokenPair] | list[TokenCompletion]) -> tup
 
 
 def online_source(
-    cfg: Config, data: Data, state: TrainState, ref: Reference | None, tokenizer: PreTrainedTokenizerBase
+    cfg: Config, data: Data, state: TrainState, ref: Reference | None, tokenizer: PreTrainedTokenizerBase, load_opponent: Load
 ) -> tuple[Iterator[PairBatch], Evaluate]:
-    """Pairs of judged samples from step `state.step` on; evaluation plays the policy against the reference."""
+    """Pairs of judged samples from step `state.step` on; evaluation plays the policy against the reference, answers of the rows or another model."""
     max_length = longest_sequence(cfg, chain(data.train, *data.validation.values()))
     policy = Engine(state.chunks[0], cfg.generation, max_length)
     engines = {"policy": policy.generate}
     if ref:
         own = policy if ref.swapped else Engine(ref.chunks[0], cfg.generation, max_length)
         engines["reference"] = ref.during(own.generate)
+    if cfg.evaluation.against not in ("reference", "rows"):
+        engines["opponent"] = partial(_generate_once, cfg, load_opponent, max_length)
     generate = make_generate(engines, cfg.generation, tokenizer, cfg.run.seed)
     batches = prompt_batches(data.train, **_deal(cfg, state))
     models = models_of(cfg.method.candidates, cfg.method.num_candidates)
     how = {"models": models, "pairing": cfg.method.pairing, "by_scores": cfg.judge is None}
     source = online_pairs(batches, generate, _decide(cfg, cfg.method.ties or ("first" if cfg.judge is None else "skip")), **how, counts=data.counts)
-    # A tie is half a win when models are compared, whatever training does with it.
-    prompts = list(chain(*data.validation.values())) if ref else []
-    return source, _against_reference(prompts, generate, _decide(cfg, "soft"), moves=cfg.reference.sync_steps > 0)
+    return source, _evaluation(cfg, data, state, ref, tokenizer, engines)
+
+
+def _generate_once(cfg: Config, load: Load, max_length: int, *args) -> list[list[int]]:
+    """What the engine of a model generates that is there for this call only."""
+    return Engine(load(max_length)[0], cfg.generation, max_length).generate(*args)
+
+
+def _evaluation(
+    cfg: Config, data: Data, state: TrainState, ref: Reference | None, tokenizer: PreTrainedTokenizerBase, engines: dict[str, Callable]
+) -> Evaluate:
+    against, temperature = cfg.evaluation.against, cfg.evaluation.temperature
+    generation = cfg.generation if temperature is None else replace(cfg.generation, temperature=temperature)
+    generate = partial(make_generate(engines, generation, tokenizer, cfg.run.seed), step=_EVALUATION_STEP)
+    if against == "rows":
+        prompts = list(chain(*data.validation.values()))
+        answers = dict(zip(map(id, prompts), own_answers(prompts, cfg.evaluation.answers, tokenizer), strict=True))
+
+    def opponent(mine: list[Prompt]) -> list[Completion]:
+        if against == "rows":
+            return [answers[id(prompt)] for prompt in mine]
+        return generate(mine, "reference" if against == "reference" else "opponent", side=1)
+
+    def kl(pairs: list[TokenPair]) -> float:
+        return evaluate_packs(state.chunks, fill_reference(ref, packs_of(cfg, pairs)[0]), kl_to_reference)["loss"]
+
+    return evaluation(
+        data.validation,
+        policy=partial(generate, model="policy", side=0),
+        opponent=opponent,
+        decide=_decide(cfg, "soft"),  # a tie is half a win when models are compared, whatever training does with it
+        kl=kl if ref else None,
+        against=against,
+        moves=against == "reference" and cfg.reference.sync_steps > 0,
+        rank=setup.data_parallel_rank(),
+        num_ranks=setup.data_parallel_size(),
+        gather=setup.gather_over_data_parallel,
+    )
 
 
 def offline_source(cfg: Config, data: Data, state: TrainState, losses: list[Loss], prepare: Prepare) -> tuple[Iterator[PairBatch], Evaluate]:
@@ -205,21 +245,3 @@ def _decide(cfg: Config, ties: str) -> judges.Decide:
         return by_rewards
     judge = load_plugin(cfg.judge.function, cfg.judge.params, "judge")
     return judges.decide_by_judge(setup.once_per_model(judges.ask_judge(judge)), by_rewards, ties)
-
-
-def _against_reference(prompts: list[Prompt], generate: Generate, decide: judges.Decide, moves: bool) -> Evaluate:
-    """Policy against the reference on validation prompts; the completions of one that never `moves` are sampled once."""
-    mine = prompts[setup.data_parallel_rank() :: setup.data_parallel_size()]
-    baseline: list[Completion] = []
-
-    def evaluate_now() -> tuple[dict[str, float], list[dict]]:
-        if not prompts:
-            return {}, []
-        if moves or not baseline:
-            baseline[:] = generate(mine, "reference", step=_EVALUATION_STEP, side=1)
-        policy = generate(mine, "policy", step=_EVALUATION_STEP, side=0)
-        values, rows = evaluate(mine, policy, baseline, decide(mine, policy, baseline))
-        gathered = setup.gather_over_data_parallel(values)
-        return summarise({name: list(chain.from_iterable(part[name] for part in gathered)) for name in values}), rows
-
-    return evaluate_now

@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator
 
 from megapref.runlog import read_metrics
 
-ROLES = {"training": 0, "chosen": 0, "evaluation": 1, "rejected": 1, "reference": 2}  # place in COLORS: the same in every panel
+ROLES = {"training": 0, "chosen": 0, "evaluation": 1, "rejected": 1, "opponent": 2}  # place in COLORS: the same in every panel
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito: distinct to the colour-blind
 DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1, 1, 1)))
 STYLE = {
@@ -46,19 +46,19 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Panel:
-    """A plot: title, metrics with their labels, a level to compare with, the metric that holds the half width of a band."""
+    """A plot: title, metrics with their labels, a level to compare with, the metrics between which a band is shaded."""
 
     title: str
     series: tuple[tuple[str, str], ...]  # (metric, label)
     level: float | None = None
-    band: str | None = None
+    band: tuple[str, str] | None = None
     limits: tuple[float, float] | None = None
 
 
 PANELS = (
     Panel("Loss", (("loss", "training"),)),
-    Panel("Win rate against the reference", (("eval/win_rate", "evaluation"),), level=0.5, band="eval/win_rate_ci", limits=(0.0, 1.0)),
-    Panel("Reward of samples", (("objective/scores", "training"), ("eval/reward", "evaluation"), ("eval/reward_reference", "reference"))),
+    Panel("Win rate", (("eval/win_rate", "evaluation"),), level=0.5, band=("eval/win_rate_low", "eval/win_rate_high"), limits=(0.0, 1.0)),
+    Panel("Reward of samples", (("objective/scores", "training"), ("eval/reward", "evaluation"), ("eval/reward_opponent", "opponent"))),
     Panel("Implicit reward", (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected")), level=0.0),
     Panel("Implicit reward margin", (("rewards/margins", "training"),), level=0.0),
     Panel("Implicit reward accuracy", (("rewards/accuracies", "training"),), level=0.5, limits=(0.0, 1.0)),
@@ -130,7 +130,7 @@ def draw(axes: Axes, panel: Panel, runs: dict[str, list[dict[str, Any]]], smooth
             legend_color = color if len(runs) == 1 else "#444444"
             handles.setdefault(label, Line2D([], [], color=legend_color, linestyle=dashes, marker=line.get_marker(), markersize=3.5))
             if panel.band:
-                draw_band(axes, records, key, panel, color)
+                draw_band(axes, records, panel.band, color)
     if panel.limits:
         axes.set_ylim(*panel.limits)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, steps=[1, 2, 5, 10]))
@@ -139,13 +139,11 @@ def draw(axes: Axes, panel: Panel, runs: dict[str, list[dict[str, Any]]], smooth
         axes.legend(handles.values(), handles.keys(), handlelength=1.8, loc="best")
 
 
-def draw_band(axes: Axes, records: list[dict[str, Any]], key: str, panel: Panel, color: str) -> None:
-    """Shades value +- half width, where a record has both."""
-    both = [record for record in records if key in record and panel.band in record]
-    steps, middle = series_of(both, key)
-    _, half = series_of(both, panel.band)
-    low, high = panel.limits or (-np.inf, np.inf)
-    axes.fill_between(steps, np.clip(middle - half, low, high), np.clip(middle + half, low, high), color=color, alpha=0.15, linewidth=0)
+def draw_band(axes: Axes, records: list[dict[str, Any]], band: tuple[str, str], color: str) -> None:
+    """Shades what is between two metrics, where a record has both."""
+    both = [record for record in records if all(key in record for key in band)]
+    (steps, low), (_, high) = (series_of(both, key) for key in band)
+    axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
 
 
 def read_run(run_dir: Path) -> list[dict[str, Any]]:

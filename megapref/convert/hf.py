@@ -37,8 +37,8 @@ _COMPANIONS = (
 )
 
 
-def find_model(path: str) -> Path:
-    """The local folder of a model: `path` itself, or where the hub's model of that name was downloaded to."""
+def find_model(path: str, key: str = "model.path") -> Path:
+    """The local folder of a model: `path` itself, or where the hub's model of that name was downloaded to. `key` says where the path is from."""
     if Path(path).is_dir():
         return Path(path)
     from huggingface_hub import snapshot_download
@@ -48,7 +48,7 @@ def find_model(path: str) -> Path:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"model.path={path} is neither a folder nor a model that can be had from the Hugging Face hub: {reason}"
+            f"{key}={path} is neither a folder nor a model that can be had from the Hugging Face hub: {reason}"
         ) from error
 
 

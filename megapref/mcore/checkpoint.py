@@ -67,6 +67,11 @@ def path_of(folder: Path, step: int) -> Path:
     return folder / f"step_{step:06d}"
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether the folder was made by `save_checkpoint`."""
+    return (folder / _MANIFEST).is_file()
+
+
 def load_checkpoint(state: TrainState, path: Path) -> dict:
     """Loads a checkpoint, saved at any layout, into `state` and returns its `extra`. ValueError when a file is missing or changed."""
     problem = verify(path)

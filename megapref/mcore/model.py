@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from megapref.batch import ModelSpec
-from megapref.config import Parallel
+from megapref.config import Parallel, Precision
 from megapref.mcore import cpu
 from megapref.mcore.attention import SegmentAttention, SegmentParams
 from megapref.mcore.norm import Norm
@@ -33,6 +33,11 @@ FUSIONS = {
     "persist_layer_norm": False,
     "apply_rope_fusion": False,
 }
+
+
+def dtype_of(precision: Precision) -> torch.dtype:
+    """Of weights and activations."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision.dtype]
 
 
 def build_model(spec: ModelSpec, parallel: Parallel, dtype: torch.dtype) -> list[Module]:

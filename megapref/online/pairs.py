@@ -150,32 +150,3 @@ def sample_rows(contests: list[Contest]) -> list[dict]:
 
     shown = ([each for each in contest.comparisons if each.trained] or contest.comparisons[:1] for contest in contests)
     return [row(contest, each) for contest, some in zip(contests, shown, strict=True) for each in some]
-
-
-def evaluate(
-    prompts: list[Prompt], policy: list[Completion], reference: list[Completion], verdicts: Verdicts
-) -> tuple[dict[str, list[float]], list[dict]]:
-    """This rank's values of what is averaged over validation prompts, and table rows; a tie counts half a win."""
-    values = {
-        "eval/win_rate": [p for p in verdicts.preferences if p is not None],
-        "eval/reward": [s for s in verdicts.first_scores if s is not None],
-        "eval/reward_reference": [s for s in verdicts.second_scores if s is not None],
-        "eval/length": [float(len(c.ids)) for c in policy],
-        "eval/length_reference": [float(len(c.ids)) for c in reference],
-    }
-    rows = [
-        {"prompt": prompt.text, "policy": a.text, "reference": b.text, "score_policy": sa, "score_reference": sb}
-        for prompt, a, b, sa, sb in zip(prompts, policy, reference, verdicts.first_scores, verdicts.second_scores, strict=True)
-    ]
-    return values, rows
-
-
-def summarise(values: dict[str, list[float]]) -> dict[str, float]:
-    """Means over all ranks' values, and the half-width of the win rate's 95 % confidence interval (normal approximation)."""
-    means = {name: fmean(column) for name, column in values.items() if column}
-    wins = values.get("eval/win_rate")
-    if wins:
-        mean = means["eval/win_rate"]
-        variance = sum((win - mean) ** 2 for win in wins) / max(len(wins) - 1, 1)
-        means["eval/win_rate_ci"] = 1.96 * (variance / len(wins)) ** 0.5
-    return means

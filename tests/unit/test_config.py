@@ -268,7 +268,7 @@ def test_several_mistakes_are_listed_together():
         (
             ["reference.mode=free", "data.validation={held_out: {path: rows.jsonl}}"],
             1,
-            ['reference.mode="free", but data.validation names prompts', "use reference.mode=resident or ~data.validation"],
+            ['reference.mode="free", but data.validation names prompts', "use reference.mode=resident, evaluation.against=rows"],
         ),
     ],
 )

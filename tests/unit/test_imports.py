@@ -30,8 +30,9 @@ MAY_IMPORT = {
     "methods": ("batch", "config", "losses", "plugins", "schema"),
     "sources": ("batch", "config", "data", "inference", "mcore", "online", "plugins"),
     "progress": ("config",),
+    "opponent": ("batch", "config", "convert", "data", "mcore"),
     "caching": ("batch", "config", "data", "mcore", "sources"),
-    "build": ("batch", "caching", "config", "convert", "data", "losses", "mcore", "methods", "progress", "sources"),
+    "build": ("batch", "caching", "config", "convert", "data", "losses", "mcore", "methods", "opponent", "progress", "sources"),
     "train": ("batch", "build", "config", "losses", "mcore", "progress", "runlog", "signals"),
 }
 

@@ -7,7 +7,6 @@ import pytest
 
 from megapref.batch import Completion, Judgement, Prompt
 from megapref.online.judges import ask_judge, ask_rewards, decide_by_judge, decide_by_rewards, total
-from megapref.online.pairs import evaluate, summarise
 
 PROMPTS = [Prompt([1], "a", {}, 0), Prompt([2], "b", {}, 1)]
 DONE = [Completion([5], "x", True), Completion([6], "yy", True)]
@@ -119,11 +118,3 @@ def test_a_judge_may_give_raw_answers_and_sums():
     decide = decide_by_judge(ask_judge(lambda p, a, b: Judgement([None, 0.25], [None, "B"], {"judge/calls": (2, 0)})), None)
     verdicts = decide(PROMPTS, DONE, OPEN)
     assert verdicts.preferences == [None, 0.25] and verdicts.texts == [None, "B"] and verdicts.sums == {"judge/calls": (2, 0), "judge/even": (0, 1)}
-
-
-def test_evaluation_means_and_interval():
-    decide = by_rewards("soft", a=text_length)
-    values, rows = evaluate(PROMPTS, DONE, OPEN, decide(PROMPTS, DONE, OPEN))
-    summary = summarise(values)
-    assert summary["eval/win_rate"] == 0.5 and summary["eval/reward"] == 1.5 and summary["eval/reward_reference"] == 2.0
-    assert summary["eval/win_rate_ci"] == pytest.approx(1.96 * (0.5 / 2) ** 0.5) and rows[0]["policy"] == "x"

@@ -17,8 +17,10 @@ from megapref import display, runlog
 from megapref.runlog import RunLog, create_run_dir, read_metrics
 
 TRAINING = {"loss": 0.63124, "grad_norm": 1.5, "objective/scores": 0.2311, "rewards/accuracies": 0.7, "perf/tokens_per_s": 3210.4}
-EVALUATION = {"eval/win_rate": 0.6149, "eval/win_rate_ci": 0.05, "eval/reward": 0.4, "eval/reward_reference": 0.1}
-EVALUATION_ROW = {"prompt": "Say hello.", "policy": "Hello there!", "reference": "he he", "score_policy": 0.9, "score_reference": -0.25}
+EVALUATION = {"eval/win_rate": 0.6149, "eval/win_rate_low": 0.56, "eval/win_rate_high": 0.67, "eval/reward": 0.4}
+EVALUATION["eval/reward_opponent"] = 0.1
+EVALUATION_ROW = {"prompt": "Say hello.", "policy": "Hello there!", "opponent": "he he", "against": "reference"}
+EVALUATION_ROW |= {"score_policy": 0.9, "score_opponent": -0.25, "preference": 1.0}
 
 
 def open_log(run_dir, *, resumed_at=None, terminal=False, tensorboard=False, wandb=None):
@@ -180,7 +182,7 @@ def test_plain_lines(tmp_path, monkeypatch):
     log.write(11, TRAINING)
     log.write(12, TRAINING)
     assert printed(log).splitlines() == [
-        "evaluation at step 0: win rate 0.61 ± 0.05, reward +0.40 (reference +0.10)",
+        "evaluation at step 0: win rate 0.61 (0.56 to 0.67), reward +0.40 (opponent +0.10)",
         "step 11/60  loss 0.6312  reward +0.23  win rate 0.61  tokens/s 3,210  left 1:44",
         "step 12/60  loss 0.6312  reward +0.23  win rate 0.61  tokens/s 3,210  left 1:42",
     ]

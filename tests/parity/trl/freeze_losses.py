@@ -38,7 +38,11 @@ DPO_CASES = [
     *[{"loss_type": [name], "use_weighting": True} for name in ("sigmoid", "ipo", "apo_zero")],
     {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
 ]
-CPO_CASES = [{"loss_type": "sigmoid"}, {"loss_type": "sigmoid", "label_smoothing": 0.2}, {"loss_type": "simpo", "simpo_gamma": 0.5}]
+CPO_CASES = [
+    *[{"loss_type": name} for name in ("sigmoid", "hinge", "ipo")],
+    {"loss_type": "sigmoid", "label_smoothing": 0.2},
+    {"loss_type": "simpo", "simpo_gamma": 0.5},
+]
 
 
 def synthetic():
@@ -132,7 +136,7 @@ def sequence_cases(mask, policy):
     for trainer, case in [(CPOTrainer, case) for case in CPO_CASES] + [(ORPOTrainer, {})]:
         options = SimpleNamespace(**{"beta": 0.3, "alpha": 0.0, "label_smoothing": 0.0, "accelerator": accelerator} | case)
         leaf = policy.clone().requires_grad_()
-        averaged = trainer is ORPOTrainer or case["loss_type"] == "simpo"
+        averaged = trainer is ORPOTrainer or case["loss_type"] in ("simpo", "ipo")
         chosen, rejected = (leaf.sum(1) / (mask.sum(1) if averaged else 1)).chunk(2)
         if trainer is ORPOTrainer:
             loss = -trainer.odds_ratio_loss(options, chosen, rejected)[0].mean()
@@ -142,15 +146,15 @@ def sequence_cases(mask, policy):
         yield {"trainer": trainer.__name__, "options": case, "loss": loss.item(), "grad": leaf.grad[mask[:, 1:]].tolist()}
 
 
-def rounded(case):
-    return {**case, "grad": [float(f"{value:.8g}") for value in case["grad"]]}
+def write(trl_version, mask, per_token, cases):
+    """Prints what was frozen, a line a case; eight digits of a gradient are what float32 has."""
+    tokens = {name: values[mask[:, 1:]].tolist() for name, values in per_token.items()}
+    frozen = {"trl": trl_version, "beta": 0.3, "lengths": LENGTHS, "desirable": DESIRABLE, "tokens": tokens}
+    lines = ",\n".join(json.dumps({**case, "grad": [float(f"{value:.8g}") for value in case["grad"]]}) for case in cases)
+    print(json.dumps(frozen)[:-1] + f', "cases": [\n{lines}\n]}}')
 
 
 if __name__ == "__main__":
     mask, policy, ref, log_sum_sq = synthetic()
     cases = [*dpo_cases(mask, policy, ref, log_sum_sq), *kto_cases(mask, policy, ref, log_sum_sq), *sequence_cases(mask, policy)]
-    inside = mask[:, 1:]
-    tokens = {name: value[inside].tolist() for name, value in (("policy", policy), ("ref", ref), ("log_sum_sq", log_sum_sq))}
-    frozen = {"trl": version("trl"), "beta": 0.3, "lengths": LENGTHS, "desirable": DESIRABLE, "tokens": tokens}
-    lines = ",\n".join(json.dumps(rounded(case)) for case in cases)
-    print(json.dumps(frozen)[:-1] + f', "cases": [\n{lines}\n]}}')
+    write(version("trl"), mask, {"policy": policy, "ref": ref, "log_sum_sq": log_sum_sq}, cases)
