@@ -35,7 +35,9 @@ SUMMARY = (  # of the closing table
 PLACES = (
     ("config", "config.yaml"),
     ("metrics", "metrics.jsonl"),
+    ("completions", "completions.html"),
     ("samples", "samples"),
+    ("ledger", "ledger"),
     ("TensorBoard", "tensorboard"),
     ("checkpoints", "checkpoints"),
     ("HF model", "hf"),

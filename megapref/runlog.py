@@ -3,7 +3,8 @@
     RUN_DIR/config.yaml         the resolved config (config.resume-<n>.yaml where a resumed run's differs)
     RUN_DIR/environment.json    versions, commit, command line, device, kernels (environment.resume-<n>.json for each resumption)
     RUN_DIR/metrics.jsonl       one JSON object per step, steps rising; a non-finite number is null
-    RUN_DIR/samples/            step_000010.jsonl: sampled pairs; evaluation_000010.jsonl: policy against reference
+    RUN_DIR/samples/            tables of sample completions (see samples.py)
+    RUN_DIR/completions.html    the same for people
     RUN_DIR/tensorboard/        the same numbers and tables as events
     RUN_DIR/stopped.json        step and reason of a run that was asked to stop, until it is resumed
 
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import platform
 import shlex
@@ -32,7 +32,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from megapref import display
+from megapref import display, samples
+from megapref.samples import json_value
 
 PACKAGES = ("megapref", "torch", "megatron-core", "transformers", "datasets", "hydra-core", "numpy")
 
@@ -141,12 +142,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _json_value(value: Any) -> Any:
-    """A number, out of its tensor where it is in one, with null for what JSON cannot write; anything else unchanged."""
-    value = value.item() if hasattr(value, "item") else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 class RunLog:
     """Where a run's numbers, samples and messages go; with `run_dir` None (every rank but 0) it takes them and does nothing.
 
@@ -172,6 +167,7 @@ class RunLog:
         self._wandb = _open_wandb(wandb, run_dir, resumed_at) if wandb else None
         with _os_errors_told(run_dir):
             kept = _cut_after(run_dir / "metrics.jsonl", self._step)
+            samples.cut_after(run_dir, self._step)
             self._tensorboard = _open_tensorboard(run_dir, self._step + 1) if tensorboard else None
         self._evaluation = {key: value for record in kept for key, value in record.items() if key.startswith("eval/")}
         self._evaluation_rows: list[dict[str, Any]] = []
@@ -190,7 +186,7 @@ class RunLog:
         metrics = {key: value.item() if hasattr(value, "item") else value for key, value in metrics.items()}
         with _os_errors_told(self.run_dir):
             with (self.run_dir / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps({"step": step} | {key: _json_value(value) for key, value in metrics.items()}) + "\n")
+                file.write(json.dumps({"step": step} | {key: json_value(value) for key, value in metrics.items()}) + "\n")
             for key, value in metrics.items() if self._tensorboard else ():
                 self._tensorboard.add_scalar(key, value, step)
         if self._wandb:
@@ -217,20 +213,18 @@ class RunLog:
         return display.format_duration((now - first_time) / (step - first_step) * (self._total - step)) if step > first_step else "?"
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """Records sample completions: of training (prompt, first, second, ...) or of an evaluation (prompt, policy, reference, ...)."""
+        """Records sample completions: of training (prompt, first, second, ...) or of an evaluation (prompt, policy, opponent, ...)."""
         if self.run_dir is None or not rows:
             return
-        kind = "evaluation" if "policy" in rows[0] else "step"
+        with _os_errors_told(self.run_dir):
+            kind = samples.write_table(self.run_dir, step, rows)
         if kind == "evaluation":
             self._evaluation_rows = rows
-        with _os_errors_told(self.run_dir):
-            (self.run_dir / "samples").mkdir(exist_ok=True)
-            # a lone surrogate from a byte tokenizer becomes \udcxx, which is its JSON escape
-            with (self.run_dir / "samples" / f"{kind}_{step:06}.jsonl").open("w", encoding="utf-8", errors="backslashreplace") as file:
-                for row in rows:
-                    file.write(json.dumps({key: _json_value(value) for key, value in row.items()}, ensure_ascii=False) + "\n")
-            if self._tensorboard:
-                self._tensorboard.add_text(f"samples/{kind}", display.markdown_table(rows), step)
+        shown = rows[: samples.PROMPTS]
+        if self._tensorboard:
+            self._tensorboard.add_text(f"samples/{kind}", display.markdown_table(shown), step)
+        if self._wandb:
+            self._wandb.log({f"samples/{kind}": _wandb_table(shown)}, step=step)
 
     def message(self, text: str) -> None:
         """Prints a line, above the progress bar where there is one."""
@@ -296,3 +290,9 @@ def _open_wandb(project: str, run_dir: Path, resumed_at: int | None) -> Any:
     except ImportError:
         raise ValueError(f"log.wandb={project} needs the wandb package; pip install wandb, or set log.wandb=null") from None
     return wandb.init(project=project, name=run_dir.name, dir=str(run_dir), resume=None if resumed_at is None else "auto")
+
+
+def _wandb_table(rows: list[dict[str, Any]]) -> Any:
+    import wandb
+
+    return wandb.Table(columns=list(rows[0]), data=[[json_value(value) for value in row.values()] for row in rows])

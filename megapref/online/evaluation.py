@@ -46,7 +46,7 @@ def evaluation(
             baseline[:] = opponent(mine)
         samples = policy(mine)
         verdicts = decide(mine, samples, baseline)
-        judged = zip(mine, samples, baseline, verdicts.first_scores, verdicts.second_scores, verdicts.preferences, strict=True)
+        judged = zip(mine, samples, baseline, verdicts.first_scores, verdicts.second_scores, verdicts.preferences, verdicts.texts, strict=True)
         parts = gather([(p.ids, a.ids, _row(p, a, b, against) | _verdict(*verdict)) for p, a, b, *verdict in judged])
         played = [parts[i % num_ranks][i // num_ranks] for i in range(len(prompts))]
         rows = [{"set": name} | row for name, (_, _, row) in zip(names, played, strict=True)]
@@ -69,8 +69,8 @@ def _row(prompt: Prompt, policy: Completion, opponent: Completion, against: str)
     return {"prompt": prompt.text, "policy": policy.text, "opponent": opponent.text, "against": against, **lengths, "finished": policy.finished}
 
 
-def _verdict(policy: float | None, opponent: float | None, preference: float | None) -> dict[str, float | None]:
-    return {"score_policy": policy, "score_opponent": opponent, "preference": preference}
+def _verdict(policy: float | None, opponent: float | None, preference: float | None, said: str | None) -> dict[str, Any]:
+    return {"score_policy": policy, "score_opponent": opponent, "preference": preference} | ({} if said is None else {"judge": said})
 
 
 def summarise(rows: Rows) -> dict[str, float]:

@@ -146,7 +146,8 @@ def sample_rows(contests: list[Contest]) -> list[dict]:
     def row(contest: Contest, each: Comparison) -> dict:
         texts = {"first": contest.candidates[each.first].text, "second": contest.candidates[each.second].text}
         scores = {"score_first": contest.scores[each.first], "score_second": contest.scores[each.second]}
-        return {"prompt": contest.prompt.text, **texts, **scores, "preference": each.preference}
+        said = {} if each.text is None else {"judge": each.text}
+        return {"prompt": contest.prompt.text, **texts, **scores, "preference": each.preference, **said}
 
     shown = ([each for each in contest.comparisons if each.trained] or contest.comparisons[:1] for contest in contests)
     return [row(contest, each) for contest, some in zip(contests, shown, strict=True) for each in some]

@@ -16,7 +16,8 @@ MAY_IMPORT = {
     "display": (),
     "launch": (),
     "signals": (),
-    "runlog": ("display",),
+    "samples": (),
+    "runlog": ("display", "samples"),
     "losses": ("batch",),
     "schema": ("plugins",),
     "checks": ("plugins", "signals", "config"),  # config for annotations only

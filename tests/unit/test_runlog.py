@@ -285,14 +285,16 @@ def test_wandb_that_is_not_there(tmp_path, monkeypatch):
 def test_wandb_gets_every_step(tmp_path, monkeypatch):
     logged, started = [], []
     run = types.SimpleNamespace(log=lambda metrics, step: logged.append((step, metrics)), finish=lambda: logged.append("finished"))
-    fake = types.SimpleNamespace(init=lambda **options: started.append(options) or run)
+    fake = types.SimpleNamespace(init=lambda **options: started.append(options) or run, Table=lambda columns, data: (columns, data))
     monkeypatch.setitem(sys.modules, "wandb", fake)
     log = open_log(tmp_path, wandb="project", resumed_at=4)
     log.write(5, TRAINING)
+    log.samples(5, [EVALUATION_ROW | {"score_policy": torch.tensor(0.5)}] * 40)
     log.close()
     assert started[0]["project"] == "project"
     assert started[0]["resume"] == "auto"
-    assert logged == [(5, TRAINING), "finished"]
+    table = list(EVALUATION_ROW), [list((EVALUATION_ROW | {"score_policy": 0.5}).values())] * 16
+    assert logged == [(5, TRAINING), (5, {"samples/evaluation": table}), "finished"]
 
 
 def test_other_ranks_write_nothing(tmp_path, monkeypatch, capsys):
