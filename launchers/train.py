@@ -12,7 +12,7 @@ import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megapref import config, launch, signals
+from megapref import compose, config, launch, signals
 from megapref.plugins import describe, did_you_mean, show
 from megapref.schema import MISSING, options
 
@@ -67,11 +67,11 @@ def parse(argv: list[str]) -> Arguments:
 def help_text(directories: list[Path]) -> str:
     """Returns usage, recipes, groups and every key with its default, rule and comment."""
     lines = [USAGE, "", "Recipes"]
-    for name, path in config.recipes(directories).items():
+    for name, path in compose.recipes(directories).items():
         first = path.read_text().partition("\n")[0]
         lines.append(f"  {name:<14}{first.removeprefix('# ') if first.startswith('#') else ''}".rstrip())
     lines += ["", "Groups (GROUP=OPTION)"]
-    lines += [f"  {group:<14}{', '.join(names)}" for group, names in config.groups(directories).items()]
+    lines += [f"  {group:<14}{', '.join(names)}" for group, names in compose.groups(directories, config.Config).items()]
     lines += ["", "Keys (KEY=VALUE), their defaults where the recipe gives no value"]
     for option in options(config.Config):
         default = "" if option.default == MISSING else show(option.default)
@@ -86,12 +86,12 @@ def main(argv: list[str]) -> int:
         process = launch.detect(os.environ)
         rank = process.rank
         arguments = parse(argv)
-        directories = config.search_path(arguments.config_dir)
+        directories = compose.search_path(arguments.config_dir)
         if arguments.show_help:
             say(rank, help_text(directories))
             return 0
         if arguments.config_name is None:
-            raise ValueError(f"--config-name is missing; there are {', '.join(sorted(config.recipes(directories)))} (and --help)")
+            raise ValueError(f"--config-name is missing; there are {', '.join(sorted(compose.recipes(directories)))} (and --help)")
         world_size = None if arguments.show_config and process.launcher == "none" else process.world_size
         cfg = config.load(arguments.config_name, arguments.overrides, arguments.config_dir, world_size)
         if arguments.show_config:

@@ -1,30 +1,18 @@
 """Every option there is, as dataclasses, and `load()`, which turns a recipe and overrides into one checked `Config`.
 
 The annotations are the rules for single values, the comments are the help text; `checks.py` has the rules between values and the world.
-The only importer of OmegaConf and Hydra: past `load()` there are plain frozen dataclasses.
+`compose.py` finds and combines the files: past `load()` there are plain frozen dataclasses.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
-from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from megapref.checks import ROOT, check, read_hf_config, resolve_path
-from megapref.plugins import did_you_mean
+from megapref.checks import check, read_hf_config, resolve_path
+from megapref.compose import as_yaml, compose_recipe, compose_settings, search_path
 from megapref.schema import MISSING, build
-
-RECIPES = ROOT / "configs"
 
 Count = Annotated[int, ">= 1"]
 Whole = Annotated[int, ">= 0"]
@@ -227,7 +215,7 @@ def load(config_name: str, overrides: list[str], config_dir: str | None = None, 
     `config_dir` adds recipes and groups to the shipped ones. ValueError lists everything that is wrong.
     """
     errors: list[str] = []
-    tree = _compose(config_name, overrides, search_path(config_dir), errors)
+    tree = compose_recipe(Config, config_name, overrides, search_path(config_dir), errors)
     cfg = build(Config, tree, errors)
     if errors:
         raise ValueError("\n".join(errors))
@@ -236,90 +224,21 @@ def load(config_name: str, overrides: list[str], config_dir: str | None = None, 
     return cfg
 
 
+def load_settings[T](cls: type[T], tree: dict[str, Any], overrides: list[str], config_dir: str | None = None) -> T:
+    """Returns settings that belong to no recipe, such as those of a cluster, from the overrides' groups and keys and the plain values of `tree`.
+
+    ValueError lists everything that is wrong.
+    """
+    errors: list[str] = []
+    built = build(cls, compose_settings(cls, overrides, search_path(config_dir), errors) | tree, errors)
+    if errors:
+        raise ValueError("\n".join(errors))
+    return built
+
+
 def to_yaml(cfg: Config) -> str:
     """Returns the whole config as YAML; saved as `x.yaml` it is a recipe that loads to an equal config."""
-    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(cfg)))
-
-
-def search_path(config_dir: str | None = None) -> list[Path]:
-    """Returns the directories that recipes and groups come from, the user's first."""
-    if config_dir is not None and not Path(config_dir).is_dir():
-        raise ValueError(f"--config-dir {config_dir}: there is no such directory; give the one that holds your recipes")
-    return [RECIPES] if config_dir is None else [Path(config_dir).resolve(), RECIPES]
-
-
-def recipes(directories: list[Path]) -> dict[str, Path]:
-    """Returns the recipes by name."""
-    return {path.stem: path for directory in reversed(directories) for path in sorted(directory.glob("*.yaml"))}
-
-
-def groups(directories: list[Path]) -> dict[str, list[str]]:
-    """Returns the options of every config group."""
-    files = [path for directory in directories for path in directory.glob("*/*.yaml")]
-    return {group: sorted({p.stem for p in files if p.parent.name == group}) for group in sorted({p.parent.name for p in files})}
-
-
-def _compose(config_name: str, overrides: list[str], directories: list[Path], errors: list[str]) -> dict[str, Any]:
-    """Returns what Hydra composes, as plain containers. Overrides may name any key: `build` reports the unknown ones together."""
-    names, options_of = recipes(directories), groups(directories)
-    if config_name not in names:
-        raise ValueError(f"--config-name {config_name}: no such recipe{did_you_mean(config_name, names)}; there are {', '.join(names)}")
-    lines = []
-    for text in overrides:
-        try:
-            (override,) = OverridesParser.create().parse_overrides([text])
-        except HydraException as error:
-            errors.append(f"{text}: not KEY=VALUE ({_reason(error)}); quote what holds special characters: 'key=\"a, b\"'")
-            continue
-        problem = _override_problem(override, options_of)
-        errors += [problem] if problem else []
-        lines += [] if problem else [_as_hydra_reads(override, options_of)]
-    home = names[config_name].parent
-    for other in [directory for directory in directories if directory != home]:
-        errors += _hidden(home, other, config_name)
-        lines.append(f"hydra.searchpath=[{json.dumps(f'file://{other}')}]")
-    try:
-        with initialize_config_dir(str(home), version_base=None):
-            tree = compose(config_name, lines)
-        if OmegaConf.is_dict(tree.get("run", OmegaConf.create())):
-            tree = OmegaConf.merge({"run": {"dir": f"runs/{config_name}"}}, tree)  # interpolations may use it
-        return OmegaConf.to_container(tree, resolve=True)
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ValueError("\n".join([*errors, f"--config-name {config_name}: {_reason(error)}"])) from error
-
-
-def _hidden(home: Path, other: Path, config_name: str) -> list[str]:
-    """A recipe finds the groups of its own directory first: a user's file that a shipped one hides would silently have no effect."""
-    files = sorted(path for path in other.glob("*/*.yaml") if home == RECIPES and (home / path.relative_to(other)).exists())
-    return [f"{path}: the shipped recipe {config_name} would use the shipped option of this name; rename the file" for path in files]
-
-
-def _override_problem(override: Override, options_of: dict[str, list[str]]) -> str | None:
-    key = override.key_or_group
-    if override.is_sweep_override():
-        return f"{override.input_line}: several values for one run; write a list as {key}=[a,b] and quote a comma in text"
-    if key.split(".")[0] == "hydra":
-        return f"{override.input_line}: Hydra's own settings have no effect here; leave it out"
-    value = override.value()
-    if override.is_delete() or key not in options_of or not isinstance(value, str) or value in options_of[key]:
-        return None
-    return (
-        f"{override.input_line}: no such option of {key}{did_you_mean(value, options_of[key])}; there are {', '.join(options_of[key])}; "
-        f"single keys are set as {key}.KEY=VALUE"
-    )
-
-
-def _as_hydra_reads(override: Override, options_of: dict[str, list[str]]) -> str:
-    key, value = override.key_or_group, override.value()
-    if override.type is not OverrideType.CHANGE:
-        return override.input_line
-    if key not in options_of or isinstance(value, dict):
-        return f"++{override.input_line}"  # also where the recipe leaves the key at its default
-    return f"~{key}" if value is None else override.input_line
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(f"{error} {error.__cause__ or ''}".split())
+    return as_yaml(dataclasses.asdict(cfg))
 
 
 def _resolve_paths(cfg: Config) -> Config:

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from megapref.checks import ROOT, check, resolve_path
-from megapref.config import RECIPES, Config, Data, Parallel, Source, WeightedPlugin, groups, load, recipes, search_path, to_yaml
+from megapref.compose import RECIPES, groups, recipes, search_path
+from megapref.config import Config, Data, Parallel, Source, WeightedPlugin, load, to_yaml
 from megapref.launch import TORCHRUN
 from megapref.methods import check_plugins, load_losses
 from megapref.schema import MISSING, options
@@ -61,9 +62,9 @@ def test_shipped_recipes(name):
     check_plugins(cfg)
 
 
-@pytest.mark.parametrize("group", sorted(groups([RECIPES])))
+@pytest.mark.parametrize("group", sorted(groups([RECIPES], Config)))
 def test_every_shipped_option_of_a_group_loads(group):
-    for option in groups([RECIPES])[group]:
+    for option in groups([RECIPES], Config)[group]:
         cfg = load("online_dpo", [f"{group}={option}"], world_size=None)
         given = yaml.safe_load((RECIPES / group / f"{option}.yaml").read_text())
         built = dataclasses.asdict(cfg)[group]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megapref import config
+from megapref import compose, config
 from megapref.methods import check_plugins
 from megapref.plugins import show
 from megapref.schema import options
@@ -61,7 +61,7 @@ def test_tree_has_every_file_with_a_comment_and_no_other():
 
 def test_every_recipe_is_in_the_table():
     rows = {row[0].strip("`") for row in first_cells(section(README.read_text(), "Recipes"))}
-    assert rows == set(config.recipes([config.RECIPES]))
+    assert rows == set(compose.recipes([compose.RECIPES]))
 
 
 def test_key_table_has_the_defaults():
