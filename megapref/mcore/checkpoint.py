@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
@@ -220,7 +220,7 @@ def _sharded_reference(reference: Reference, metadata: dict) -> dict:
         sharded = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in _model_entries(chunks)}
         if reference.swapped:
             for tensor in nested_values(sharded):
-                if isinstance(tensor, ShardedTensor) and tensor.data is not None:
+                if isinstance(tensor, ShardedTensor | ShardedTensorFactory) and tensor.data is not None:
                     tensor.data = tensor.data.clone()
     add_prefix_for_sharding(sharded, "reference.")
     return sharded
