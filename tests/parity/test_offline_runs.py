@@ -22,7 +22,7 @@ from megapref.data.offline import load_pairs, mismatched
 BETA, BATCH, SEED = 0.5, 5, 3
 LAYOUTS = {"one process": (1, {}), "dp2": (2, {}), "tp2": (2, {"tensor": 2}), "pp2": (2, {"pipeline": 2})}
 LOSSES = {
-    "kto": {"function": "losses:kto", "params": {"beta": BETA, "lambda_d": 1.5, "lambda_u": 0.5}},
+    "kto": {"function": "losses:kto", "params": {"beta": BETA, "lambda_d": 3.0, "lambda_u": 0.1}},
     "bco": {"function": "losses:bco", "params": {"beta": BETA}},
     "wpo": {"function": "losses:combine", "params": {"weigh_by_policy": True, "losses": [{"function": "losses:dpo", "params": {"beta": BETA}}]}},
 }
@@ -93,17 +93,16 @@ def test_losses_of_single_completions(inputs, runs, loss, trained):
         baseline = max(0.0, fmean(log_ratios(policy, reference, others)))
         assert measured["kto/kl"] == pytest.approx(baseline, rel=1e-4) and baseline > 0.01
         gains = [(r - baseline) * (1 if row.desirable else -1) for r, row in zip(ratios, rows, strict=True)]
-        expected = fmean((1.5 if row.desirable else 0.5) * (1 - sigmoid(BETA * gain)) for gain, row in zip(gains, rows, strict=True))
+        expected = fmean((3.0 if row.desirable else 0.1) * (1 - sigmoid(BETA * gain)) for gain, row in zip(gains, rows, strict=True))
     else:
         delta = BETA * fmean(record["objective/kl"] for record in before)
         assert abs(delta) > 1e-3
         gains = [(BETA * r - delta) * (1 if row.desirable else -1) for r, row in zip(ratios, rows, strict=True)]
         expected = fmean(-math.log(sigmoid(gain)) for gain in gains)
     assert measured["loss"] == pytest.approx(expected, rel=1e-5)
-    rewards = [BETA * r for r in ratios]
-    desirable = [row.desirable for row in rows]
     for name, wanted in (("rewards/chosen", True), ("rewards/rejected", False)):
-        assert measured[name] == pytest.approx(fmean(r for r, good in zip(rewards, desirable, strict=True) if good == wanted), rel=1e-4)
+        rewards = [BETA * r for r, row in zip(ratios, rows, strict=True) if row.desirable == wanted]
+        assert measured[name] == pytest.approx(fmean(rewards or [0.0]), rel=1e-4)
 
 
 def test_weights_of_pairs_by_the_policy(inputs, runs):
