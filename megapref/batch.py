@@ -234,6 +234,11 @@ Generate = Callable[..., list[Completion]]  # (list[Prompt], model: "policy" | "
 PairSource = Iterator[PairBatch]
 
 
+def is_per_node(function: Callable[..., Any]) -> bool:
+    """Whether a reward is marked `per_node`: it loads a model, so one process of each node runs it for all of them."""
+    return getattr(getattr(function, "func", function), "per_node", False)
+
+
 def needs(loss: Loss) -> frozenset[str]:
     """What a loss with its parameters bound has to be given besides log-probabilities, by its function's mark `needs(params)`.
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from itertools import chain
+from operator import or_
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from megapref.batch import Completion, Loss, PackedBatch, PairBatch, Prompt, TokenCompletion, TokenPair
+from megapref.batch import Completion, Loss, PackedBatch, PairBatch, Prompt, TokenCompletion, TokenPair, is_per_node
 from megapref.config import Config, Source
 from megapref.data.mixture import Rows
 from megapref.data.offline import load_pairs, mismatched, offline_pairs, pair_options
@@ -237,11 +238,22 @@ def _deal(cfg: Config, state: TrainState) -> dict:
 
 def _decide(cfg: Config, ties: str) -> judges.Decide:
     """What every rank calls; the functions of the config run once for each share of the pairs."""
-    rewards = {name: load_plugin(entry.function, entry.params, f"reward.{name}") for name, entry in cfg.reward.items()}
     weights = {name: entry.weight for name, entry in cfg.reward.items()}
-    score = setup.once_per_model(judges.ask_rewards(rewards))
-    by_rewards = judges.decide_by_rewards(score, weights, cfg.method.missing_eos_penalty, ties) if rewards else None
+    by_rewards = judges.decide_by_rewards(_score(cfg), weights, cfg.method.missing_eos_penalty, ties) if cfg.reward else None
     if cfg.judge is None:
         return by_rewards
     judge = load_plugin(cfg.judge.function, cfg.judge.params, "judge")
     return judges.decide_by_judge(setup.once_per_model(judges.ask_judge(judge)), by_rewards, ties)
+
+
+def _score(cfg: Config) -> judges.Score:
+    """The values of all rewards. Those of a node's processes are asked for in one place where a reward loads a model."""
+    rewards = {name: load_plugin(entry.function, entry.params, f"reward.{name}") for name, entry in cfg.reward.items()}
+    placed = ((setup.once_per_node, True), (setup.once_per_model, False))
+    sorted_out = [(place, {name: reward for name, reward in rewards.items() if is_per_node(reward) == mark}) for place, mark in placed]
+    parts = [place(judges.ask_rewards(some)) for place, some in sorted_out if some]
+
+    def score(prompts: list[Prompt], completions: list[Completion]) -> list[judges.Values]:
+        return [reduce(or_, values) for values in zip(*(part(prompts, completions) for part in parts), strict=True)]
+
+    return score

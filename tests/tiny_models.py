@@ -38,13 +38,13 @@ CONFIGS = {
 
 
 def make_checkpoint(
-    folder: Path, name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB", **changes
+    folder: Path, name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB", scores: bool = False, **changes
 ) -> Path:
-    """Saves the named model, with `changes` to its configuration, in `folder` and returns it."""
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    """Saves the named model, with `changes` to its configuration, in `folder` and returns it; one that `scores` is a sequence classifier."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     options = {**CONFIGS[name], **changes}
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[options.pop("model_type")](**options))
+    model = (AutoModelForSequenceClassification if scores else AutoModelForCausalLM).from_config(CONFIG_MAPPING[options.pop("model_type")](**options))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -127,6 +129,29 @@ def once_per_model(function: Callable[..., Any]) -> Callable[..., Any]:
         if group.size() > 1:
             dist.broadcast_object_list(box, src=source(), group=group)
         return box[0]
+
+    return run
+
+
+def once_per_node(function: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    """`function` of lists to a list as long, run by one process of each node on the joined shares of the pairs of that node's processes.
+
+    Each process gets its share's part of the result; an error of any is raised on all. Made for what loads a model, which so is there once.
+    """
+
+    def run(*columns: list[Any]) -> list[Any]:
+        source = dist.get_process_group_ranks(parallel_state.get_model_parallel_group())[0]
+        node = f"{socket.gethostname()}/{os.environ.get('GROUP_RANK', '')}"  # torchrun's number of the node
+        shares = gather_over_world((node, columns) if dist.get_rank() == source else None)
+        mine = [rank for rank, share in enumerate(shares) if share is not None and share[0] == node]
+
+        def of_node() -> dict[int, list[Any]]:
+            joined = [list(chain(*parts)) for parts in zip(*(shares[rank][1] for rank in mine), strict=True)]
+            results = iter(function(*joined))
+            return {rank: list(islice(results, len(shares[rank][1][0]))) for rank in mine}
+
+        here = _agreed(of_node, lambda: mine[:1] == [dist.get_rank()])()
+        return next(results[source] for results in gather_over_world(here) if results and source in results)
 
     return run
 

@@ -65,10 +65,13 @@ def question(template: jinja2.Template, prompt: Prompt, a: Completion, b: Comple
 
 def prompt_text(prompt: Prompt) -> str:
     """The prompt as its row has it, a conversation with the roles in front of the messages; not what the policy's chat template makes of it."""
-    written = next((prompt.row[key] for key in ("prompt", "messages") if prompt.row.get(key) is not None), prompt.text)
-    if isinstance(written, str):
-        return written
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in written)
+    written = as_written(prompt)
+    return written if isinstance(written, str) else "\n\n".join(f"{message['role']}: {message['content']}" for message in written)
+
+
+def as_written(prompt: Prompt) -> str | list[dict[str, str]]:
+    """The prompt's text or messages in its row."""
+    return next((prompt.row[key] for key in ("prompt", "messages") if prompt.row.get(key) is not None), prompt.text)
 
 
 def reader(reading: str, json_key: str) -> Callable[[str], float | None]:
