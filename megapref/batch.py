@@ -109,6 +109,14 @@ class PairBatch:
     samples: list[dict[str, Any]] = field(default_factory=list)
     contests: list[Contest] = field(default_factory=list)
 
+    @property
+    def pairs_by_prompt(self) -> list[list[TokenPair] | list[TokenCompletion]]:
+        """The pairs of each contest, some of which have none; each pair of a file by itself."""
+        pairs = iter(self.pairs)
+        if not self.contests:
+            return [[pair] for pair in pairs]
+        return [[next(pairs) for each in contest.comparisons if each.trained] for contest in self.contests]
+
 
 @dataclass(frozen=True)
 class PackedBatch:

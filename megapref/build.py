@@ -19,6 +19,7 @@ from megapref.caching import with_reference
 from megapref.config import Config
 from megapref.convert.families import read_spec
 from megapref.convert.hf import export_hf, find_model, fingerprint, load_hf
+from megapref.data import ledger
 from megapref.data.chat import load_tokenizer
 from megapref.losses.combined import is_of_completions, parts
 from megapref.mcore import batch_wide, checkpoint, reference, setup
@@ -43,6 +44,7 @@ class Run:
     sync_reference: Callable[[], None]
     source: Iterator[PairBatch]
     evaluate: sources.Evaluate
+    write_ledger: Callable[[PairBatch], None] | None  # of an online run: what became of a step's prompts, of all ranks
     export: Callable[[Path | None, Path], None]  # of the checkpoint's weights, or the policy's as they are, to the folder
     identity: dict[str, Any]  # what a resumed run must have in common with the one that wrote its checkpoint
 
@@ -91,13 +93,19 @@ def build(cfg: Config, resume_from: Path | None) -> Run:
             checkpoint.load_weights(policy, best)
         export_hf(policy, inputs.spec, inputs.folder, folder, replace=resume_from is not None)
 
+    def write_ledger(batch: PairBatch) -> None:
+        made_with = {"seed": cfg.run.seed, "tokenizer": ledger.vocabulary_digest(inputs.tokenizer)}
+        versions = {"step": batch.step + 1, "weight_version": batch.step}
+        ledger.write_step(Path(cfg.run.dir) / "ledger", batch.contests, batch.pairs, **versions, **made_with)
+
     if is_online:
         opponent = partial(load_opponent, cfg, inputs.spec, inputs.tokenizer)
         source, evaluate = sources.online_source(cfg, inputs.data, state, ref, inputs.tokenizer, opponent)
     else:
         source, evaluate = sources.offline_source(cfg, inputs.data, state, inputs.losses, prepare)
     loss_of_step = partial(sources.of_epoch, cfg, inputs.data, inputs.losses)
-    return Run(state, progress, total_steps, has_reference, loss_of_step, prepare, sync_reference, source, evaluate, export, identity)
+    write = write_ledger if is_online and cfg.log.ledger else None
+    return Run(state, progress, total_steps, has_reference, loss_of_step, prepare, sync_reference, source, evaluate, write, export, identity)
 
 
 def fill_cache(cfg: Config) -> None:

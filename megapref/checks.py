@@ -252,7 +252,7 @@ def _files(cfg: Config) -> Iterator[str]:
         yield f"model.chat_template={show(cfg.model.chat_template)}: there is no such file in {_searched()}; give a Jinja file"
     for key, source in _all_sources(cfg).items():
         file, value = Path(source.path), f"{key}.path={show(source.path)}"
-        if file.is_dir() and not any((file / name).is_file() for name in SAVED_DATA_SET):
+        if file.is_dir() and not any((file / name).is_file() for name in SAVED_DATA_SET) and not any(file.glob("*.parquet")):
             yield f"{value} is a folder; name the file in it"
         elif file.exists() and not os.access(file, os.R_OK):
             yield f"{value} cannot be read; allow reading it (chmod +r)"

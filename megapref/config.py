@@ -50,7 +50,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Source:
-    path: str = MISSING  # local JSONL / JSON / Parquet / CSV / Arrow file, or a hub name
+    path: str = MISSING  # local JSONL / JSON / Parquet / CSV / Arrow file, a folder of Parquet files such as RUN_DIR/ledger, or a hub name
     split: str = "train"  # of a hub data set
     take: Count | None = None  # the first n rows only
     weight: Positive | None = None  # share of the rows drawn, relative to the other sources'; null for all sources: each row once an epoch
@@ -183,6 +183,7 @@ class Guard:
 class Log:
     samples_every: Whole = 10  # steps between tables of sample completions; 0: never
     samples: Count = 4  # rows of such a table
+    ledger: bool = True  # of an online run: every comparison of samples, with its verdict, goes to run.dir/ledger
     tensorboard: bool = True  # events in run.dir
     wandb: str | None = None  # project; null: off
 

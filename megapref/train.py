@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import chain, zip_longest
@@ -15,6 +16,7 @@ from megapref import runlog, signals
 from megapref.batch import PairBatch
 from megapref.build import Run, build
 from megapref.config import Config, to_yaml
+from megapref.data import ledger
 from megapref.losses.combined import combine
 from megapref.losses.pairs import sft
 from megapref.mcore import capabilities, checkpoint, setup
@@ -54,8 +56,10 @@ def train(cfg: Config, run: Run, log: runlog.RunLog) -> bool:
         evaluated(progress, cfg, 0, evaluation)
         record(0, evaluation, rows, [])
     while state.step < run.total_steps and not progress.stopped:
-        batch = next(run.source)
-        metrics, rows = _step(cfg, run, batch), []
+        batch = _of_all_ranks(next(run.source))
+        if run.write_ledger:
+            setup.on_first_rank(run.write_ledger)(batch)
+        metrics, rows = step(cfg, run, batch), []
         warnings = observed(progress, cfg, metrics, run.has_reference)
         last = state.step == run.total_steps or bool(progress.stopped)
         if _due(state.step, cfg.evaluation.every, last):
@@ -90,16 +94,29 @@ def train(cfg: Config, run: Run, log: runlog.RunLog) -> bool:
     return False
 
 
-def _step(cfg: Config, run: Run, batch: PairBatch) -> dict[str, float]:
-    """One optimizer step on the step's pairs of all ranks; its metrics, of the global batch. Without any pair it is skipped."""
-    gathered = setup.gather_over_data_parallel((batch.pairs, batch.sums))
-    # Ranks hold every n-th pair of the step: taking turns restores the order, whatever the number of ranks.
-    pairs = [pair for turn in zip_longest(*(pairs for pairs, _ in gathered)) for pair in turn if pair is not None]
-    sums: dict[str, list[float]] = {}
-    for name, (total, count) in chain.from_iterable(rank_sums.items() for _, rank_sums in gathered):
-        entry = sums.setdefault(name, [0.0, 0.0])
-        entry[0], entry[1] = entry[0] + total, entry[1] + count
-    metrics = {name: total / count if count else total for name, (total, count) in sums.items()}
+def _of_all_ranks(batch: PairBatch) -> PairBatch:
+    """The step's batch of all data-parallel ranks; its pairs and contests are in the order of the rows, whatever the number of ranks.
+
+    The table of samples is this rank's.
+    """
+    gathered = setup.gather_over_data_parallel((batch.pairs_by_prompt, batch.contests, batch.sums))
+    groups, contests, parts = zip(*gathered, strict=True)
+    sums: dict[str, tuple[float, float]] = {}
+    for name, (total, count) in chain.from_iterable(part.items() for part in parts):
+        before = sums.get(name, (0.0, 0.0))
+        sums[name] = before[0] + total, before[1] + count
+    return PairBatch(batch.step, list(chain.from_iterable(_in_turns(groups))), sums, batch.samples, _in_turns(contests))
+
+
+def _in_turns(shares: Sequence[list]) -> list:
+    """What ranks hold that have every n-th of a list, as that list."""
+    return [one for turn in zip_longest(*shares) for one in turn if one is not None]
+
+
+def step(cfg: Config, run: Run, batch: PairBatch) -> dict[str, float]:
+    """One optimizer step on the batch of all ranks; its metrics, of the global batch. Without any pair it is skipped."""
+    pairs = batch.pairs
+    metrics = {name: total / count if count else total for name, (total, count) in batch.sums.items()}
     if not pairs:
         run.state.step += 1
         return {"loss": math.nan, "grad_norm": math.nan, "num_pairs": 0.0, "skipped": 1.0} | metrics
@@ -175,12 +192,15 @@ def _open_log(cfg: Config, run: Run, resume_from: Path | None) -> runlog.RunLog:
     run_dir = Path(cfg.run.dir)
     resumed_at = run.state.step if resume_from else None
     unused = checkpoint.set_aside_after(run_dir / "checkpoints", run.state.step)
+    unused_steps = ledger.set_aside_after(run_dir / "ledger", run.state.step)
     log = runlog.RunLog(run_dir, total_steps=run.total_steps, resumed_at=resumed_at, tensorboard=cfg.log.tensorboard, wandb=cfg.log.wandb)
     log.message(f"{capabilities.summary()} (environment.json)")
     if resume_from:
         log.message(f"resumed from {resume_from}")
     for path in unused:
         log.message(f"set aside, because its step is done again: {path}")
+    if unused_steps:
+        log.message(f"set aside, because their steps are done again: {unused_steps} files of {run_dir / 'ledger'}")
     return log
 
 

@@ -28,7 +28,8 @@ Span = tuple[int, int]  # first character, and the one after the last
 class RenderedRow:
     """The text of a row as the tokenizer gets it: the prompt, and each completion as what follows it. `columns` pass through.
 
-    `trained` has the spans of each completion that are trained, None where all of it is.
+    `trained` has the spans of each completion that are trained, None where all of it is. `ids`, of prompt and completions, where they are known
+    already: then nothing is tokenised.
     """
 
     prompt: str
@@ -37,10 +38,13 @@ class RenderedRow:
     is_chat: bool
     location: Location
     columns: dict[str, Any]
+    preference: float = 1.0  # that the first completion is better
+    ended: tuple[bool, ...] | None = None  # whether each completion ends with EOS; None: all do
+    ids: tuple[list[int], list[list[int]]] | None = None
 
 
 class TokenizedRow(NamedTuple):
-    """A row's tokens: the prompt's, special tokens in front, the completions', which all end with EOS, and which of these are trained (None: all)."""
+    """A row's tokens: the prompt's, special tokens in front, the completions', which end with EOS, and which of these are trained (None: all)."""
 
     row: RenderedRow
     prompt_ids: list[int]
@@ -145,7 +149,10 @@ def _end_at_eos(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, rows: Iterable[RenderedRow]) -> Iterator[TokenizedRow]:
     """The tokens of each row, in order."""
-    for is_chat, run in groupby(rows, key=lambda row: row.is_chat):
+    for (is_chat, has_ids), run in groupby(rows, key=lambda row: (row.is_chat, row.ids is not None)):
+        if has_ids:
+            yield from (TokenizedRow(row, *row.ids, list(row.trained)) for row in run)
+            continue
         for chunk in batched(run, ROWS_AT_ONCE):
             texts = [row.prompt + completion for row in chunk for completion in row.completions or ("",)]
             encoded = tokenizer(texts, add_special_tokens=not is_chat, return_offsets_mapping=True, verbose=False)
@@ -165,10 +172,12 @@ def _split(row: RenderedRow, sides: list[tuple[list[int], list[Span]]], eos_id: 
     for ids, _ in sides[1:]:
         prompt_ids = prompt_ids[: shared_length(prompt_ids, ids)]
     completions, masks = [], []
-    for (ids, offsets), spans in zip(sides, row.trained, strict=True):
+    for (ids, offsets), spans, ended in zip(sides, row.trained, row.ended or (True,) * len(sides), strict=True):
         completion = ids[len(prompt_ids) :]
         mask = None if spans is None else _mask(offsets[len(prompt_ids) :], spans, border)
-        if not completion or completion[-1] != eos_id:
+        if not ended and completion[-1:] == [eos_id]:  # the template wrote what was never sampled
+            completion = completion[:-1]
+        if ended and completion[-1:] != [eos_id]:
             completion = [*completion, eos_id]
             mask = None if mask is None else [*mask, True]
         completions.append(completion)

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from megapref.batch import PairBatch, TokenCompletion, TokenPair
+from megapref.data import ledger
 from megapref.data.chat import RenderedRow, TokenizedRow, render, tokenize
 from megapref.data.formats import Tie, preferences_of, unpaired_of
 from megapref.data.mixture import Rows, rows_of, step_rows
@@ -80,7 +81,7 @@ def read_pairs(
     """
     on_bad = bad_row_handler(on_bad_row, dropped)
     render_rows = _render_completions if unpaired else _render_pairs
-    normalise = partial(render_rows, tokenizer, pairing, train_on, bad_row_handler(ties, dropped, "data.ties"))
+    normalise = partial(render_rows, tokenizer, pairing, train_on, bad_row_handler(ties, dropped, "data.ties"), dropped.append)
     for row in tokenize(tokenizer, arrange(chain.from_iterable(read_source(source, normalise, on_bad)))):
         try:
             check_filter(source, row.prompt_ids, max_new_tokens, row.row.location)
@@ -108,8 +109,10 @@ def pair_options(cfg: Any, pack_tokens: int) -> dict[str, Any]:
 
 
 def _render_pairs(
-    tokenizer: PreTrainedTokenizerBase, pairing: str, train_on: str, on_tie: OnBad, row: dict[str, Any], location: Location
+    tokenizer: PreTrainedTokenizerBase, pairing: str, train_on: str, on_tie: OnBad, on_undecided: OnBad, row: dict[str, Any], location: Location
 ) -> list[RenderedRow]:
+    if ledger.is_row(row):
+        return ledger.rendered_pair(tokenizer, row, location, pairing, on_undecided)
     rendered = []
     for pair in preferences_of(row, location, pairing=pairing, on_tie=on_tie):
         sides = (pair.chosen,) if pair.rejected is None else (pair.chosen, pair.rejected)
@@ -118,9 +121,11 @@ def _render_pairs(
 
 
 def _render_completions(
-    tokenizer: PreTrainedTokenizerBase, pairing: str, train_on: str, on_tie: OnBad, row: dict[str, Any], location: Location
+    tokenizer: PreTrainedTokenizerBase, pairing: str, train_on: str, on_tie: OnBad, on_undecided: OnBad, row: dict[str, Any], location: Location
 ) -> list[RenderedRow]:
     """Each completion by itself, with its label; the sides of a pair are a desirable and an undesirable one."""
+    if ledger.is_row(row):
+        return ledger.rendered_completions(tokenizer, row, location, pairing, on_undecided)
     if row.get("label") is not None:
         labelled = unpaired_of(row, location)
         found = [(labelled.prompt, labelled.completion, labelled.desirable)]
@@ -158,9 +163,9 @@ def _pair(row: TokenizedRow, limits: Limits, truncation: str) -> tuple[TokenPair
     masks = [mask if mask is None else array("b", mask[: len(ids)]) for mask, ids in zip(row.masks, kept, strict=True)]
     if not all(ids if mask is None else any(mask) for mask, ids in zip(masks, kept, strict=True)):
         raise Emptied(location, "completion: no token is left that could be trained")
-    if len(kept) == 2 and kept[0] == kept[1]:
+    if len(kept) == 2 and kept[0] == kept[1] and row.row.ids is None:  # a run may well have sampled the same twice
         raise Emptied(location, "completions: they differ only in what was cut off")
-    pair = TokenPair(array("i", prompt_ids), *(array("i", ids) for ids in kept), extras=row.row.columns)
+    pair = TokenPair(array("i", prompt_ids), *(array("i", ids) for ids in kept), preference=row.row.preference, extras=row.row.columns)
     masks = dict(zip(("first_mask", "second_mask"), masks, strict=False))
     return replace(pair, **masks), (prompt_ids, kept) != (row.prompt_ids, row.completion_ids)
 

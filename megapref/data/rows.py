@@ -9,9 +9,12 @@ import csv
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 
 @dataclass(frozen=True)
@@ -54,10 +57,13 @@ def raise_bad_row(error: BadRow) -> None:
 def read_rows(
     path: str, split: str = "train", take: int | None = None, on_bad: OnBad = raise_bad_row
 ) -> Iterator[tuple[dict[str, Any], Location]]:
-    """The first `take` rows of a JSONL, JSON, CSV, Parquet or Arrow file, a saved data set's folder, or a hub name, each with its location.
+    """The first `take` rows of a JSONL, JSON, CSV, Parquet or Arrow file, a folder of Parquet files, a saved data set, or a hub name, each located.
 
     Unreadable rows go to `on_bad`; a file that cannot be read at all is a ValueError.
     """
+    if files := parquet_files(Path(path)):
+        yield from islice(chain.from_iterable(read_rows(str(file), on_bad=on_bad) for file in files), take)
+        return
     for number, row in islice(_open(path, split), take):
         location = Location(path, number)
         if isinstance(row, dict):
@@ -74,7 +80,7 @@ class _Broken:
 def _open(path: str, split: str) -> Iterator[tuple[int, Any]]:
     file = Path(path)
     kind = file.suffix.lower().lstrip(".")
-    known = {"jsonl": _jsonl, "json": _json, "csv": _csv, "parquet": _columnar, "arrow": _columnar}
+    known = {"jsonl": _jsonl, "json": _json, "csv": _csv, "parquet": _parquet, "arrow": _arrow}
     if file.is_file():
         if kind not in known:
             raise ValueError(f"data source {path}: cannot read a .{kind} file; use one of {', '.join('.' + k for k in known)}")
@@ -82,8 +88,13 @@ def _open(path: str, split: str) -> Iterator[tuple[int, Any]]:
     if kind in known or (path.startswith(("/", "./", "../", "~")) and not file.is_dir()):
         raise ValueError(f"data source {path}: there is no such file (looked from {Path.cwd()}); correct the path")
     if file.is_dir() and not is_saved_data_set(file):
-        raise ValueError(f"data source {path}: is a folder, and no data set that was saved with save_to_disk; name the file in it")
+        raise ValueError(f"data source {path}: is a folder without Parquet files, nor saved with save_to_disk; name the file in it")
     return _hub(path, split)
+
+
+def parquet_files(folder: Path) -> list[Path]:
+    """The Parquet files of a folder, by name, those in folders below it not; none where it is something else, or a saved data set."""
+    return sorted(folder.glob("*.parquet")) if folder.is_dir() and not is_saved_data_set(folder) else []
 
 
 def is_saved_data_set(folder: Path) -> bool:
@@ -137,13 +148,21 @@ def _csv(file: Path) -> Iterator[tuple[int, Any]]:
             raise ValueError(f"data source {file}: expected CSV with a header line in UTF-8 ({error}); repair the file") from error
 
 
-def _columnar(file: Path) -> Iterator[tuple[int, Any]]:
+def _parquet(file: Path) -> Iterator[tuple[int, Any]]:
+    try:
+        with pq.ParquetFile(file) as opened:
+            yield from enumerate(chain.from_iterable(batch.to_pylist() for batch in opened.iter_batches(1024)), 1)
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"data source {file}: cannot be read as Parquet ({error}); repair the file") from error
+
+
+def _arrow(file: Path) -> Iterator[tuple[int, Any]]:
     import datasets
 
     try:
-        yield from enumerate(datasets.load_dataset(file.suffix.lower()[1:], data_files=str(file), split="train", streaming=True), 1)
+        yield from enumerate(datasets.load_dataset("arrow", data_files=str(file), split="train", streaming=True), 1)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"data source {file}: cannot be read as {file.suffix} ({error}); repair the file") from error
+        raise ValueError(f"data source {file}: cannot be read as Arrow ({error}); repair the file") from error
 
 
 def _hub(path: str, split: str) -> Iterator[tuple[int, Any]]:

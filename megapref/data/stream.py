@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megapref.batch import PairBatch, TokenCompletion, TokenPair
 from megapref.data.offline import COUNTERS, counter_of, read_pairs, with_common_extras
-from megapref.data.rows import BadRow
+from megapref.data.rows import BadRow, parquet_files
 from megapref.data.source import SourceLike, check_any
 
 Row = tuple[TokenPair | TokenCompletion, bool]  # and whether it was cut
@@ -162,4 +162,5 @@ def _nonempty(sources: Sequence[SourceLike], rows: Iterable[Row], dropped: Dropp
 
 
 def _size(path: str) -> int | str:
-    return Path(path).stat().st_size if Path(path).is_file() else path
+    files = parquet_files(Path(path)) or [Path(path)]
+    return sum(file.stat().st_size for file in files) if files[0].is_file() else path

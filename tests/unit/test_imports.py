@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "opponent": ("batch", "config", "convert", "data", "mcore"),
     "caching": ("batch", "config", "data", "mcore", "sources"),
     "build": ("batch", "caching", "config", "convert", "data", "losses", "mcore", "methods", "opponent", "progress", "sources"),
-    "train": ("batch", "build", "config", "losses", "mcore", "progress", "runlog", "signals"),
+    "train": ("batch", "build", "config", "data", "losses", "mcore", "progress", "runlog", "signals"),
 }
 
 
