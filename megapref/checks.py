@@ -153,11 +153,8 @@ def _method(cfg: Config) -> Iterator[str]:
     if (cfg.evaluation.patience or cfg.save.keep_best) and cfg.evaluation.metric is None:
         key = "evaluation.patience" if cfg.evaluation.patience else "save.keep_best"
         yield f"{key} needs to know what is better; set evaluation.metric, such as validation-default_loss, and evaluation.goal=min or max"
-    if not has_reference and method.pairs == "online" and method.candidates == "policy_reference":
-        yield (
-            f'reference.mode="{reference.mode}", but method.candidates="policy_reference" samples from the reference; '
-            "use reference.mode=resident or method.candidates=policy_policy"
-        )
+    if method.pairs == "online":
+        yield from _candidates(cfg)
     if method.pairs == "offline" and cfg.evaluation.against != "reference":
         yield (
             f'evaluation.against={show(cfg.evaluation.against)} compares samples, but method.pairs="offline" makes none; '
@@ -179,6 +176,20 @@ def _streaming(cfg: Config) -> Iterator[str]:
         yield 'reference.mode="cached" scores all rows before training, but data.streaming=true reads them during it; use resident or swapped'
     if cfg.train.epochs is not None:
         yield f"train.epochs={cfg.train.epochs:g}: how many rows an epoch has is not known with data.streaming=true; use train.steps"
+
+
+def _candidates(cfg: Config) -> Iterator[str]:
+    method, mode = cfg.method, cfg.reference.mode
+    fitting = {"policy_policy": None, "policy_reference": ("resident", "swapped"), "policy_mixture": ("resident",)}[method.candidates]
+    if fitting and mode not in fitting:
+        yield (
+            f'method.candidates="{method.candidates}" samples from the reference, with reference.mode="{mode}" it cannot; '
+            f"use reference.mode={' or '.join(fitting)}, or method.candidates=policy_policy"
+        )
+    if method.mixture_coef == []:
+        yield "method.mixture_coef=[] has no value for any epoch; give a number, or a list of one for each epoch"
+    if method.soft_preference and cfg.judge is not None:
+        yield "method.soft_preference=true is about scores, but judge decides; a judge's preferences are soft as it gives them: leave it out"
 
 
 def _save(cfg: Config) -> Iterator[str]:

@@ -18,6 +18,7 @@ Count = Annotated[int, ">= 1"]
 Whole = Annotated[int, ">= 0"]
 Positive = Annotated[float, "> 0"]
 NotNegative = Annotated[float, ">= 0"]
+Share = Annotated[float, ">= 0", "<= 1"]
 Beta = Annotated[float, ">= 0", "< 1"]
 
 
@@ -79,10 +80,13 @@ class Data:
 @dataclass(frozen=True)
 class Method:
     pairs: Literal["online", "offline"] = "online"  # online: sampled and judged; offline: read from data.train
-    candidates: Literal["policy_policy", "policy_reference"] = "policy_policy"  # who samples: the policy one half, it or the reference the other
+    # one half of the completions is the policy's, the other the policy's, the reference's or of a mixture of both, token by token
+    candidates: Literal["policy_policy", "policy_reference", "policy_mixture"] = "policy_policy"  # who samples
+    mixture_coef: Share | list[Share] = 0.5  # of the mixture's logits, the reference's share; a list: in each epoch
     num_candidates: Annotated[int, ">= 2"] = 2  # completions of each prompt
     pairing: Literal["best_worst", "all"] = "best_worst"  # of more than two: one pair, or all (of two models: one of each)
     ties: Literal["first", "skip", "soft"] | None = None  # equal scores, verdicts of 0.5: first wins, no pair, 0.5; null: first; skip for a judge
+    soft_preference: bool = False  # of scores: the sigmoid of their difference instead of 1 or 0, ties or not
     missing_eos_penalty: NotNegative = 0.0  # subtracted from the score of a completion that does not end
 
 

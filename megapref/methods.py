@@ -6,7 +6,7 @@ from typing import Any
 
 from megapref.batch import Loss, needs
 from megapref.config import Config, Plugin, WeightedPlugin
-from megapref.losses.combined import is_of_completions, needs_reference
+from megapref.losses.combined import is_first_only, is_of_completions, needs_reference
 from megapref.plugins import load_plugin, params_by_epoch
 from megapref.schema import build
 
@@ -45,7 +45,7 @@ def check_plugins(cfg: Config) -> None:
                 f'reference.mode="none", but loss.function="{cfg.loss.function}" compares with a reference; use reference.mode=resident, '
                 "or reference.mode=free to take the reference's log-probabilities as 0"
             )
-        errors += _unpaired(cfg, loss)
+        errors += _unpaired(cfg, loss) + _first_only(cfg, loss)
         if cfg.data.streaming and len(load_losses(cfg.loss)) > 1:
             errors.append("loss.params has a value for each epoch, but with data.streaming=true no epoch has a known end; give one value")
     except ValueError as error:
@@ -74,3 +74,13 @@ def _unpaired(cfg: Config, loss: Loss) -> list[str]:
         if "kl" in needs(loss) and cfg.reference.mode == "cached":
             errors.append(f'reference.mode="cached" has no log-probabilities of the mismatched completions of {name}; use resident or swapped')
     return errors
+
+
+def _first_only(cfg: Config, loss: Loss) -> list[str]:
+    """What is wrong with a loss that trains on the first completion alone in this config."""
+    if is_first_only(loss) and cfg.method.num_candidates > 2 and cfg.method.pairing != "all":
+        return [
+            f'loss.function="{cfg.loss.function}" trains on the policy\'s sample whatever it is worth, but method.pairing="{cfg.method.pairing}" '
+            "would choose among them; use method.pairing=all or method.num_candidates=2"
+        ]
+    return []

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial, reduce
 from itertools import chain
 from operator import or_
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from megapref.plugins import load_plugin
 # Validation prompts are sampled with the noise of this "step", the same at every evaluation and never that of a training step.
 _EVALUATION_STEP = 2**40
 
+Value = TypeVar("Value")
 Prepare = Callable[[list, Loss], tuple[list[PackedBatch], dict[str, float]]]  # a step's rows -> this rank's packs, with all that the loss needs
 Evaluate = Callable[[], tuple[dict[str, float], list[dict]]]  # metrics of all ranks, rows for the table of samples
 Load = Callable[[int], list[torch.nn.Module]]  # the model chunks of evaluation.against, which are to have so many positions
@@ -135,23 +137,54 @@ def packs_of(cfg: Config, pairs: list[TokenPair] | list[TokenCompletion]) -> tup
 
 
 def online_source(
-    cfg: Config, data: Data, state: TrainState, ref: Reference | None, tokenizer: PreTrainedTokenizerBase, load_opponent: Load
+    cfg: Config,
+    data: Data,
+    state: TrainState,
+    ref: Reference | None,
+    tokenizer: PreTrainedTokenizerBase,
+    load_opponent: Load,
+    first_only: bool,
 ) -> tuple[Iterator[PairBatch], Evaluate]:
-    """Pairs of judged samples from step `state.step` on; evaluation plays the policy against the reference, answers of the rows or another model."""
+    """Pairs of judged samples from step `state.step` on, of which the loss may train on the `first_only`.
+
+    Evaluation plays the policy against the reference, answers of the rows or another model.
+    """
+    engines = _engines(cfg, data, state, ref, load_opponent)
+    generate = make_generate(engines, cfg.generation, tokenizer, cfg.run.seed)
+    decide = _decide(cfg, cfg.method.ties or ("first" if cfg.judge is None else "skip"), cfg.method.soft_preference)
+    source = online_pairs(
+        prompt_batches(data.train, **_deal(cfg, state)),
+        generate,
+        decide,
+        models=models_of(cfg.method.candidates, cfg.method.num_candidates),
+        pairing=cfg.method.pairing,
+        by_scores=cfg.judge is None,
+        first_only=first_only,
+        mixture_coef=partial(_mixture_coef, cfg, data) if "mixture" in engines else None,
+        counts=data.counts,
+    )
+    return source, _evaluation(cfg, data, state, ref, tokenizer, engines)
+
+
+def _engines(cfg: Config, data: Data, state: TrainState, ref: Reference | None, load_opponent: Load) -> dict[str, Callable]:
+    """Of every model that samples, what generates."""
     max_length = longest_sequence(cfg, chain(data.train, *data.validation.values()))
     policy = Engine(state.chunks[0], cfg.generation, max_length)
     engines = {"policy": policy.generate}
     if ref:
         own = policy if ref.swapped else Engine(ref.chunks[0], cfg.generation, max_length)
         engines["reference"] = ref.during(own.generate)
+    if cfg.method.candidates == "policy_mixture":
+        mixture = Engine(state.chunks[0], cfg.generation, max_length, opponent=ref.chunks[0])
+        engines["mixture"] = lambda *request: mixture.generate(*request, _mixture_coef(cfg, data, state.step))
     if cfg.evaluation.against not in ("reference", "rows"):
         engines["opponent"] = partial(_generate_once, cfg, load_opponent, max_length)
-    generate = make_generate(engines, cfg.generation, tokenizer, cfg.run.seed)
-    batches = prompt_batches(data.train, **_deal(cfg, state))
-    models = models_of(cfg.method.candidates, cfg.method.num_candidates)
-    how = {"models": models, "pairing": cfg.method.pairing, "by_scores": cfg.judge is None}
-    source = online_pairs(batches, generate, _decide(cfg, cfg.method.ties or ("first" if cfg.judge is None else "skip")), **how, counts=data.counts)
-    return source, _evaluation(cfg, data, state, ref, tokenizer, engines)
+    return engines
+
+
+def _mixture_coef(cfg: Config, data: Data, step: int) -> float:
+    given = cfg.method.mixture_coef
+    return of_epoch(cfg, data, given if isinstance(given, list) else [given], step)
 
 
 def _generate_once(cfg: Config, load: Load, max_length: int, *args) -> list[list[int]]:
@@ -236,10 +269,11 @@ def _deal(cfg: Config, state: TrainState) -> dict:
     }
 
 
-def _decide(cfg: Config, ties: str) -> judges.Decide:
+def _decide(cfg: Config, ties: str, soft_preference: bool = False) -> judges.Decide:
     """What every rank calls; the functions of the config run once for each share of the pairs."""
     weights = {name: entry.weight for name, entry in cfg.reward.items()}
-    by_rewards = judges.decide_by_rewards(_score(cfg), weights, cfg.method.missing_eos_penalty, ties) if cfg.reward else None
+    penalty = cfg.method.missing_eos_penalty
+    by_rewards = judges.decide_by_rewards(_score(cfg), weights, penalty, ties, soft_preference=soft_preference) if cfg.reward else None
     if cfg.judge is None:
         return by_rewards
     judge = load_plugin(cfg.judge.function, cfg.judge.params, "judge")

@@ -19,6 +19,7 @@ from megapref.batch import Loss, LossOutput, PairLogps
 Positive = Annotated[float, "> 0"]
 Fraction = Annotated[float, ">= 0", "<= 1"]
 Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
+EntropyMode = Literal["full_vocab", "sampled_surrogate"]
 PairPenalty = Callable[[int, int], Tensor]  # (chosen side, rejected side) -> [P], the loss if that reading of the pair is right
 
 _MAX_EXPONENT = 80.0  # exp(80) is far from float32's end
@@ -59,6 +60,17 @@ def needing(of_params: Callable[[dict[str, Any]], Iterable[str]]) -> Callable[[L
     return mark
 
 
+def first_only(loss: Loss) -> Loss:
+    """The loss, marked as one that trains on the first completion alone: the second has only to judge."""
+    loss.first_only = True
+    return loss
+
+
+def needs_entropy(params: dict[str, Any]) -> set[str]:
+    """What a loss with `entropy_regularization` and `entropy_mode` has to be given; see `entropy`."""
+    return {"entropy"} if params.get("entropy_regularization") and params.get("entropy_mode", "full_vocab") == "full_vocab" else set()
+
+
 def log_ratios(pairs: PairLogps) -> Tensor:
     """[P, 2]: r = lp - lr."""
     return pairs.policy_P2 - pairs.ref_P2
@@ -82,6 +94,12 @@ def scores(pairs: PairLogps, f_divergence: Divergence, alpha: float, centered: b
             return ratio_P2
         case _:
             raise ValueError(f"f_divergence={f_divergence!r} must be one of reverse_kl, forward_kl, js_divergence, alpha_divergence")
+
+
+def entropy(pairs: PairLogps, mode: EntropyMode) -> Tensor:
+    """[P, 2]: summed over a completion's tokens, the entropy of each one's distribution, or the surrogate -p log p of the sampled token."""
+    of_token_K = pairs.extras_K["entropy"] if mode == "full_vocab" else -pairs.policy_K.exp() * pairs.policy_K
+    return pairs.sum_by_completion(of_token_K)
 
 
 def per_token(pairs: PairLogps, value_P2: Tensor) -> Tensor:

@@ -60,11 +60,37 @@ class _Model(GPTInferenceWrapper):
             return super().run_one_forward_step(inference_input, recv_buffer_seq_len)
 
 
-class Engine:
-    """Continuous batching over one model; made once, used for every round of generation."""
+class _Mixture(_Model):
+    """Two models over the same requests: their logits are (1 - m) * first + m * second, m the `coefficient`.
 
-    def __init__(self, chunk: torch.nn.Module, generation: config.Generation, max_length: int):
+    Both write into the same blocks of a cache, each of its own.
+    """
+
+    coefficient: float
+
+    def __init__(self, first: torch.nn.Module, second: torch.nn.Module, context: DynamicInferenceContext):
+        super().__init__(first, context)
+        self.second = _Model(second, context)
+        self.second_cache: Tensor | None = None
+
+    def run_one_forward_step(self, inference_input, recv_buffer_seq_len=None):
+        first = super().run_one_forward_step(inference_input, recv_buffer_seq_len)
+        self._exchange_caches()
+        second = self.second.run_one_forward_step(inference_input, recv_buffer_seq_len)
+        self._exchange_caches()
+        return None if first is None else torch.lerp(first.float(), second.float(), self.coefficient).to(first.dtype)
+
+    def _exchange_caches(self) -> None:
+        context = self.inference_context
+        context.memory_buffer, self.second_cache = self.second_cache, context.memory_buffer
+
+
+class Engine:
+    """Continuous batching over one model, or over a mixture with an `opponent`; made once, used for every round of generation."""
+
+    def __init__(self, chunk: torch.nn.Module, generation: config.Generation, max_length: int, opponent: torch.nn.Module | None = None):
         self.model = unwrap_model(chunk)
+        self.opponent = opponent and unwrap_model(opponent)
         # Core pads batches to its own multiples and asserts that there is room for them.
         slots = DynamicInferenceContext.round_up_requests(generation.max_requests)
         self.config = InferenceConfig(
@@ -78,15 +104,20 @@ class Engine:
         self.engine = None
         self.sampler = _Sampler(torch.Generator(), self.model.true_vocab_size)
 
-    def generate(self, prompts: list[list[int]], draw: Draw, max_new_tokens: int, stop_id: int) -> list[list[int]]:
-        """Completion ids of each prompt (stop token included); `draw` picks each next token and names prompts by their number."""
+    def generate(
+        self, prompts: list[list[int]], draw: Draw, max_new_tokens: int, stop_id: int, coefficient: float | None = None
+    ) -> list[list[int]]:
+        """Completion ids of each prompt (stop token included); `draw` picks each next token and names prompts by their number.
+
+        `coefficient` is the opponent's share in the logits of a mixture.
+        """
         was_training = self.model.training
         self.model.eval()
         self.sampler.draw = draw
         params = SamplingParams(num_tokens_to_generate=max_new_tokens, termination_id=stop_id)
         completions: list[list[int] | None] = [None] * len(prompts)
         with torch.no_grad(), cpu.core_calls():
-            engine = self._start()
+            engine = self._start(coefficient)
             try:
                 for request, ids in enumerate(prompts):
                     engine.add_request(request, ids, params)
@@ -95,18 +126,24 @@ class Engine:
                         completions[record.request_id] = list(record.merge().generated_tokens)
             finally:
                 engine.suspend()  # frees the cache and leaves inference mode
+                if self.opponent:
+                    engine.controller.inference_wrapped_model.second_cache = None
                 # Sequence parallelism's shared buffers: made in inference mode they would be refused in training.
                 parallel_state.get_global_memory_buffer().buffer.clear()
         self.model.train(was_training)
         assert all(ids is not None for ids in completions)
         return completions
 
-    def _start(self) -> DynamicInferenceEngine:
+    def _start(self, coefficient: float | None = None) -> DynamicInferenceEngine:
         if self.engine is None:
             context = DynamicInferenceContext(self.model.config, self.config)
-            controller = TextGenerationController(_Model(self.model, context), _TokenIdsOnly())
+            model = _Mixture(self.model, self.opponent, context) if self.opponent else _Model(self.model, context)
+            controller = TextGenerationController(model, _TokenIdsOnly())
             controller._sampling = self.sampler
             self.engine = DynamicInferenceEngine(controller, context)
         else:
             self.engine.resume()
+        if self.opponent:
+            mixture = self.engine.controller.inference_wrapped_model
+            mixture.coefficient, mixture.second_cache = coefficient, torch.empty_like(mixture.inference_context.memory_buffer)
         return self.engine

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import combinations
 from statistics import fmean
@@ -11,7 +11,7 @@ from statistics import fmean
 from megapref.batch import Comparison, Completion, Contest, Generate, PairBatch, Prompt, TokenPair
 from megapref.online.judges import Decide, Verdicts
 
-OPPONENTS = {"policy_policy": "policy", "policy_reference": "reference"}
+OPPONENTS = {"policy_policy": "policy", "policy_reference": "reference", "policy_mixture": "mixture"}
 
 
 def online_pairs(
@@ -22,12 +22,15 @@ def online_pairs(
     models: tuple[str, ...],
     pairing: str,
     by_scores: bool,
+    first_only: bool = False,
+    mixture_coef: Callable[[int], float] | None = None,
     counts: Mapping[str, int] | None = None,
 ) -> Iterator[PairBatch]:
     """Pairs of candidates for this rank's share of each step's prompts; `models` has who samples each candidate (`models_of`).
 
     Candidates are compared as `compare` says. A pair without verdict is left out and counted (`judge/abstained`). A completion is trained on
-    token for token as it was judged. `counts` of the loading of prompts go with the first step.
+    token for token as it was judged; with `first_only` the second of a pair only judges. The `mixture_coef` of each step is logged, the `counts`
+    of the loading of prompts with the first one.
     """
     for step, prompts in prompt_batches:
         started = time.perf_counter()
@@ -35,12 +38,14 @@ def online_pairs(
         generated = time.perf_counter()
         contests, sums = compare(prompts, candidates, models, decide, pairing, by_scores)
         judged = time.perf_counter()
-        sums |= pair_metrics(contests)
+        sums |= pair_metrics(contests, models, first_only)
         sums["time/generate"] = (generated - started, 1)
         sums["time/judge"] = (judged - generated, 1)
         sums |= {name: (number, 1) for name, number in (counts or {}).items()}
+        sums |= {"mixture_coef": (mixture_coef(step), 1)} if mixture_coef else {}
         counts = None
-        yield PairBatch(step, [pair for contest in contests for pair in token_pairs(contest)], sums, sample_rows(contests), contests)
+        pairs = [pair for contest in contests for pair in token_pairs(contest, first_only)]
+        yield PairBatch(step, pairs, sums, sample_rows(contests), contests)
 
 
 def models_of(candidates: str, num_candidates: int) -> tuple[str, ...]:
@@ -115,20 +120,30 @@ def _widest_only(comparisons: list[Comparison], strength: list[float | None]) ->
     return [replace(each, trained=each is widest) for each in comparisons]
 
 
-def token_pairs(contest: Contest) -> list[TokenPair]:
+def token_pairs(contest: Contest, first_only: bool) -> list[TokenPair]:
     """The comparisons that are trained on, in their order."""
     prompt, own = contest.prompt, contest.candidates
-    return [TokenPair(prompt.ids, own[c.first].ids, own[c.second].ids, c.preference) for c in contest.comparisons if c.trained]
+    return [
+        TokenPair(prompt.ids, own[each.first].ids, () if first_only else own[each.second].ids, each.preference)
+        for each in contest.comparisons
+        if each.trained
+    ]
 
 
-def pair_metrics(contests: list[Contest]) -> dict[str, tuple[float, float]]:
-    """(sum, count) of what is logged of candidates and verdicts; the names are TRL's."""
+def pair_metrics(contests: list[Contest], models: tuple[str, ...], first_only: bool) -> dict[str, tuple[float, float]]:
+    """(sum, count) of what is logged of candidates and verdicts; the names are TRL's.
+
+    `objective/scores` are those of the samples that are trained on, as they go with their KL. Of two models each one's scores are logged.
+    """
     candidates = [candidate for contest in contests for candidate in contest.candidates]
-    scores = [score for contest in contests for score in contest.scores if score is not None]
+    scored = [(model, score) for contest in contests for model, score in zip(models, contest.scores, strict=True) if score is not None]
+    scores_of = {model: [score for other, score in scored if other == model] for model in dict.fromkeys(models)}
+    scores = scores_of["policy"] if first_only else [score for _, score in scored]
     judged = [(contest.scores[each.first], contest.scores[each.second], each) for contest in contests for each in contest.comparisons]
     margins = [a - b if each.preference >= 0.5 else b - a for a, b, each in judged if each.trained and a is not None and b is not None]
     decided = [each.preference for _, _, each in judged if each.preference is not None]
-    return {
+    of_models = {f"scores/{model}": (sum(own), len(own)) for model, own in scores_of.items()} if len(scores_of) > 1 else {}
+    return of_models | {
         "objective/scores": (sum(scores), len(scores)),
         "objective/scores_margin": (sum(margins), len(margins)),
         "val/contain_eos_token": (sum(c.finished for c in candidates), len(candidates)),

@@ -1,4 +1,7 @@
-"""The engine against recomputing everything for every token: the same tokens, greedy and sampled, in every layout and batching."""
+"""The engine against recomputing everything for every token: the same tokens, greedy and sampled, of one model and of a mixture of two, in every
+layout and batching."""
+
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,9 +20,14 @@ def prompts() -> list[list[int]]:
     return [torch.randint(6, 131, (n,), generator=generator).tolist() for n in (3, 17, 1, 40, 8, 23, 9, 30)]
 
 
-def recomputed(model, sampling, request_keys) -> list[list[int]]:
-    """Each token from a whole forward pass over everything before it."""
+MIXTURE = 0.3
+
+
+def recomputed(models, sampling, request_keys) -> list[list[int]]:
+    """Each token from whole forward passes over everything before it, of one model or of {model: its share in the logits}."""
     from megapref.inference.sampling import sample, uniforms
+
+    shares = models if isinstance(models, dict) else {models: 1.0}
 
     completions = []
     for ids, key in zip(prompts(), request_keys, strict=True):
@@ -27,49 +35,81 @@ def recomputed(model, sampling, request_keys) -> list[list[int]]:
         while len(out) < NEW_TOKENS and STOP not in out:
             tokens = torch.tensor([ids + out])
             with torch.no_grad():
-                logits = model(tokens, torch.arange(tokens.shape[1])[None], None)[0, -1:, : model.true_vocab_size]
+                logits = sum(share * model(tokens, torch.arange(tokens.shape[1])[None], None)[0, -1:, :131] for model, share in shares.items())
             uniform = uniforms(np.array([key]), np.array([tokens.shape[1]]))
             out.append(int(sample(logits, uniform, sampling)))
         completions.append(out)
     return completions
 
 
-def generate_in_layout(folder: str, layout: dict) -> dict:
-    from megapref.config import Generation, Parallel
+def poisoned(engine, start, poison, *args):
+    """Starts the engine with its caches full of `poison`."""
+    started = start(*args)
+    second = [started.controller.inference_wrapped_model.second_cache] if engine.opponent else []
+    for cache in [started.context.memory_buffer, *second]:
+        cache.fill_(poison)
+    return started
+
+
+def load_models(layout: dict, *folders: str) -> list:
+    from megapref.config import Parallel
     from megapref.convert.families import read_spec
     from megapref.convert.hf import load_hf
-    from megapref.inference.sampling import Sampling, keys, sample, uniforms
-    from megapref.mcore import cpu, setup
-    from megapref.mcore.generation import Engine
+    from megapref.mcore import setup
     from megapref.mcore.model import build_model
 
     parallel = Parallel(**layout)
     setup.start(parallel, 0)
-    spec = read_spec(folder)
-    chunks = build_model(spec, parallel, torch.float32)
-    load_hf(chunks, spec, folder)
+    models = []
+    for folder in folders:
+        chunks = build_model(read_spec(folder), parallel, torch.float32)
+        load_hf(chunks, read_spec(folder), folder)
+        models.append(chunks[0].eval())
+    return models
+
+
+def draw_first_tokens(folder: str, other_folder: str, number: int) -> tuple[list[int], torch.Tensor]:
+    """The first tokens of many samples of one prompt from a mixture, and their exact distribution."""
+    from megapref.config import Generation
+    from megapref.inference.sampling import Sampling, keys, sample, uniforms
+    from megapref.mcore.generation import Engine
+
+    models = load_models({}, folder, other_folder)
+    prompt, noise = [5, 3, 7], keys(1, np.arange(number))
+
+    def draw(logits, requests, positions):
+        return sample(logits, uniforms(noise[requests], positions), Sampling(temperature=0.7))
+
+    engine = Engine(models[0], Generation(max_new_tokens=1, kv_cache_gb=0.01), 8, models[1])
+    drawn = engine.generate([prompt] * number, draw, 1, -1, MIXTURE)
+    with torch.no_grad():
+        first, second = (model(torch.tensor([prompt]), torch.arange(3)[None], None)[0, -1].double() for model in models)
+    return [ids[0] for ids in drawn], (((1 - MIXTURE) * first + MIXTURE * second) / 0.7).softmax(-1)
+
+
+def generate_in_layout(folder: str, other_folder: str, layout: dict) -> dict:
+    from megapref.config import Generation
+    from megapref.convert.families import read_spec
+    from megapref.convert.hf import load_hf
+    from megapref.inference.sampling import Sampling, keys, sample, uniforms
+    from megapref.mcore.generation import Engine
+
+    model, other = load_models(layout, folder, other_folder)
+    ranks = layout.get("tensor", 1) * layout.get("pipeline", 1)
     request_keys = keys(11, 0, np.arange(len(prompts())), 0)
     results: dict = {}
 
-    def run(which=None, sampling=Sampling(temperature=0.8), poison=None, **options):  # noqa: B008
+    def run(which=None, sampling=Sampling(temperature=0.8), poison=None, mixture=None, **options):  # noqa: B008
         which = list(range(len(prompts()))) if which is None else which
         generation = Generation(**{"max_new_tokens": NEW_TOKENS, "kv_cache_gb": 0.01, **options})
-        engine = Engine(chunks[0], generation, max_length=100)
+        engine = Engine(model, generation, 100, None if mixture is None else other)
 
         def draw(logits, requests, positions):
             return sample(logits, uniforms(request_keys[which][requests], positions), sampling)
 
         if poison is not None:
-            with cpu.core_calls():
-                engine._start().suspend()
-            resume = engine.engine.context.reinitialize_inference_state_buffers
-
-            def poisoned(*args, **kwargs):
-                resume(*args, **kwargs)
-                engine.engine.context.memory_buffer.fill_(poison)
-
-            engine.engine.context.reinitialize_inference_state_buffers = poisoned
-        out = engine.generate([prompts()[i] for i in which], draw, NEW_TOKENS, STOP)
+            engine._start = partial(poisoned, engine, engine._start, poison)
+        out = engine.generate([prompts()[i] for i in which], draw, NEW_TOKENS, STOP, mixture)
         return out, engine, draw
 
     sampled, engine, draw = run()
@@ -78,25 +118,32 @@ def generate_in_layout(folder: str, layout: dict) -> dict:
     results["one by one"] = [run([i])[0][0] for i in range(len(prompts()))]
     results["three slots"] = run(max_requests=3)[0]
     results["poisoned"] = run(poison=float("nan"))[0]
-    crowded, crowded_engine, _ = run(kv_cache_gb=CROWDED_GB / (parallel.tensor * parallel.pipeline))
+    crowded, crowded_engine, _ = run(kv_cache_gb=CROWDED_GB / ranks)
     results["evicted"], results["evictions"] = crowded, crowded_engine.engine.evicted_request_count
+    results["mixture"] = run(mixture=MIXTURE)[0]
+    results["mixture, three slots"] = run(mixture=MIXTURE, max_requests=3)[0]
+    results["mixture, poisoned"] = run(mixture=MIXTURE, poison=float("nan"))[0]
+    results["mixture, evicted"] = run(mixture=MIXTURE, kv_cache_gb=CROWDED_GB / ranks)[0]
+    results["none of the other"], results["only the other"] = run(mixture=0.0)[0], run(mixture=1.0)[0]
     results["again"] = engine.generate(prompts(), draw, NEW_TOKENS, STOP)
     with torch.no_grad():
-        for parameter in chunks[0].parameters():
+        for parameter in model.parameters():
             parameter.mul_(1.5)
     results["changed weights"] = engine.generate(prompts(), draw, NEW_TOKENS, STOP)
     if not layout:
-        results["recomputed changed"] = recomputed(chunks[0], Sampling(temperature=0.8), request_keys)
-        load_hf(chunks, spec, folder)
-        results["recomputed"] = recomputed(chunks[0], Sampling(temperature=0.8), request_keys)
-        results["recomputed greedy"] = recomputed(chunks[0], Sampling(temperature=0), request_keys)
+        results["recomputed changed"] = recomputed(model, Sampling(temperature=0.8), request_keys)
+        load_hf([model], read_spec(folder), folder)
+        results["recomputed"] = recomputed(model, Sampling(temperature=0.8), request_keys)
+        results["recomputed greedy"] = recomputed(model, Sampling(temperature=0), request_keys)
+        results["recomputed other"] = recomputed(other, Sampling(temperature=0.8), request_keys)
+        results["recomputed mixture"] = recomputed({model: 1 - MIXTURE, other: MIXTURE}, Sampling(temperature=0.8), request_keys)
     return results
 
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
-    folder = str(make_checkpoint(tmp_path_factory.mktemp("engine"), "qwen2"))
-    return folder, run_distributed(generate_in_layout, 1, folder, {})[0]
+    folders = [str(make_checkpoint(tmp_path_factory.mktemp("engine"), "qwen2", seed=seed)) for seed in (0, 1)]
+    return folders, run_distributed(generate_in_layout, 1, *folders, {})[0]
 
 
 def test_engine_equals_recomputing(one_process):
@@ -118,10 +165,28 @@ def test_no_cache_outlives_a_weight_change(one_process):
     assert results["changed weights"] == results["recomputed changed"] != results["sampled"]
 
 
+def test_a_mixture_is_one_of_logits_token_by_token(one_process):
+    _, results = one_process
+    assert results["none of the other"] == results["sampled"] and results["only the other"] == results["recomputed other"]
+    assert results["mixture"] == results["recomputed mixture"] and results["mixture"] not in (results["sampled"], results["recomputed other"])
+    for name in ("three slots", "poisoned", "evicted"):
+        assert results[f"mixture, {name}"] == results["mixture"], name
+
+
+def test_a_mixture_has_the_exact_distribution(tmp_path):
+    words, number = 12, 1500
+    folders = [str(make_checkpoint(tmp_path / str(seed), "qwen2", seed=seed, vocab_size=words)) for seed in (2, 3)]
+    drawn, exact = run_distributed(draw_first_tokens, 1, *folders, number)[0]
+    expected = number * exact
+    observed = torch.bincount(torch.tensor(drawn), minlength=words)
+    assert expected.min() > 5
+    assert ((observed - expected) ** 2 / expected).sum() < 31.3  # 99.9 % quantile with 11 degrees of freedom
+
+
 @pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "pipeline": 2}], ids=str)
 def test_layouts_give_the_same_tokens(one_process, layout):
-    folder, expected = one_process
+    folders, expected = one_process
     world = layout.get("tensor", 1) * layout.get("pipeline", 1)
-    for results in run_distributed(generate_in_layout, world, folder, layout):
-        for name in ("sampled", "greedy", "three slots", "poisoned", "changed weights"):
+    for results in run_distributed(generate_in_layout, world, *folders, layout):
+        for name in ("sampled", "greedy", "three slots", "poisoned", "mixture", "mixture, evicted", "only the other", "changed weights"):
             assert results[name] == expected[name], name

@@ -58,7 +58,7 @@ def test_recipe_group_and_defaults():
 def test_shipped_recipes(name):
     cfg = load(name, ["model.path=model", "data.train=[{path: rows.jsonl}]", "~data.validation.demo"])
     assert cfg.run.dir == f"runs/{name}" and (name == "sft") == (cfg.loss.function == "losses:sft")
-    assert (cfg.method.pairs == "online") == name.startswith(("online", "xpo"))
+    assert (cfg.method.pairs == "online") == name.startswith(("online", "xpo", "nash"))
     check_plugins(cfg)
 
 
@@ -254,6 +254,9 @@ def test_several_mistakes_are_listed_together():
     assert len(str(error.value).splitlines()) == 2
 
 
+JUDGE = ["judge={function: 'my:judge'}"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "world_size", "parts"),
     [
@@ -264,7 +267,12 @@ def test_several_mistakes_are_listed_together():
         (
             ["loss=sft", "reference.mode=none", "method.candidates=policy_reference"],
             1,
-            ['method.candidates="policy_reference" samples from the reference; use reference.mode=resident'],
+            ['method.candidates="policy_reference" samples from the reference, with reference.mode="none"', "use reference.mode=resident or swapped"],
+        ),
+        (
+            ["reference.mode=swapped", "method.candidates=policy_mixture", "method.mixture_coef=[]", "method.soft_preference=true", *JUDGE],
+            1,
+            ["use reference.mode=resident, or", "method.mixture_coef=[] has no value", "method.soft_preference=true is about scores"],
         ),
         (
             ["reference.mode=free", "data.validation={held_out: {path: rows.jsonl}}"],
@@ -407,7 +415,7 @@ def launcher(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        ([], ["--config-name is missing; there are dpo, online_dpo"]),
+        ([], ["--config-name is missing; there are dpo, nash_md, online_dpo"]),
         (["--config-name"], ["--config-name needs a value"]),
         (["--config-nam", "small"], ["--config-nam: unknown option; did you mean --config-name?"]),
         (["--config-name", "small"], ["--config-name small: no such recipe"]),

@@ -9,7 +9,8 @@ import torch
 from plain_losses import DIVERGENCES, LENGTHS, LS, OF_Z, OTHERS, PREFERENCE, B, Side, make_pairs, plain
 
 from megapref import losses
-from megapref.losses.combined import needs_reference, parts
+from megapref.batch import needs
+from megapref.losses.combined import is_first_only, needs_reference, parts
 from megapref.losses.terms import weighted_by_policy
 
 
@@ -144,12 +145,17 @@ def test_weight_by_policy():
     assert not weighted.extras_P["weight"].requires_grad and weighted.policy_K.requires_grad
 
 
-def test_xpo_adds_the_second_completions_likelihood_whichever_won():
+def entropy_of(pairs, mode, side=0):
+    tokens = pairs.cell_K % 2 == side
+    return (pairs.extras_K["entropy"] if mode == "full_vocab" else -pairs.policy_K.exp() * pairs.policy_K)[tokens].sum().item()
+
+
+@pytest.mark.parametrize("mode", ["full_vocab", "sampled_surrogate"])
+def test_xpo_adds_the_second_completions_likelihood_whichever_won(mode):
     pairs = make_pairs()
-    out = losses.xpo(pairs, beta=B, alpha=0.3, entropy_regularization=0.2)
-    first = pairs.cell_K % 2 == 0
-    entropy = (-pairs.policy_K.exp() * pairs.policy_K)[first].sum().item()
-    want = losses.dpo(pairs, beta=B).loss_sum.item() + 0.3 * pairs.policy_K[~first].sum().item() - 0.2 * entropy
+    out = losses.xpo(pairs, beta=B, alpha=0.3, entropy_regularization=0.2, entropy_mode=mode)
+    second = pairs.policy_K[pairs.cell_K % 2 == 1].sum().item()
+    want = losses.dpo(pairs, beta=B).loss_sum.item() + 0.3 * second - 0.2 * entropy_of(pairs, mode)
     assert out.loss_sum.item() == pytest.approx(want, rel=1e-5)
     assert (out.metric_sums["loss/dpo"] + out.metric_sums["loss/xpo"]).item() == pytest.approx(want, rel=1e-5)
 
@@ -163,13 +169,40 @@ def test_nash_md_has_the_policys_gradient_on_the_first_completion_alone():
     want = B * (pairs.policy_K - pairs.ref_K) - (pairs.preference_P[pairs.cell_K // 2] - 0.5)
     assert torch.allclose(policy.grad, want * first, atol=1e-6)
     assert out.loss_sum.item() == pytest.approx((want * pairs.policy_K)[first].sum().item(), rel=1e-5)
-    assert out.metric_sums["objective/kl"].item() == pytest.approx((pairs.policy_K - pairs.ref_K)[first].sum().item(), rel=1e-4)
-    regularized = losses.nash_md(pairs, beta=B, entropy_regularization=0.5).loss_sum
-    entropy = (-pairs.policy_K.exp() * pairs.policy_K)[first].sum().item()
-    assert regularized.item() == pytest.approx(out.loss_sum.item() - 0.5 * entropy, rel=1e-5)
+    metrics = {name: value.item() for name, value in out.metric_sums.items()}
+    assert metrics["loss/kl"] - metrics["loss/score"] == pytest.approx(out.loss_sum.item(), rel=1e-5)
+    for mode in ("full_vocab", "sampled_surrogate"):
+        regularized = losses.nash_md(pairs, beta=B, entropy_regularization=0.5, entropy_mode=mode).loss_sum
+        assert regularized.item() == pytest.approx(out.loss_sum.item() - 0.5 * entropy_of(pairs, mode), rel=1e-5)
+
+
+def test_metrics_of_the_first_completion_alone():
+    pairs = make_pairs(preference=[0.9, 0.1, 0.5, 0.0])
+    metrics = {name: value.item() for name, value in losses.nash_md(pairs, beta=B).metric_sums.items()}
+    lp, lr = ([values[pairs.cell_K == 2 * i].sum().item() for i in range(4)] for values in (pairs.policy_K, pairs.ref_K))
+    r = [a - b for a, b in zip(lp, lr, strict=True)]
+    margins = [B * r[0], -B * r[1], B * r[2], -B * r[3]]
+    want = {"rewards/chosen": B * (r[0] + r[2]), "rewards/rejected": B * (r[1] + r[3]), "logps/rejected": lp[1] + lp[3], "objective/kl": sum(r)}
+    want |= {"rewards/margins": sum(margins), "rewards/accuracies": sum(m > 0 for m in margins), "rewards/probabilities": 1.5}
+    want |= {"objective/entropy": -sum(lp), "logps/ref_chosen": lr[0] + lr[2], "length/chosen": 4, "count logps/chosen": 2}
+    assert {name: metrics[name] for name in want} == pytest.approx(want, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["full_vocab", "sampled_surrogate"])
+def test_any_loss_may_be_regularized_by_entropy(mode):
+    pairs = make_pairs()
+    out = losses.combine(pairs, losses=[(partial(losses.ipo, beta=B), 1.0)], entropy_regularization=0.5, entropy_mode=mode)
+    bonus = (entropy_of(pairs, mode, 0) + entropy_of(pairs, mode, 1)) / 2
+    assert out.loss_sum.item() == pytest.approx(losses.ipo(pairs, beta=B).loss_sum.item() - 0.5 * bonus, rel=1e-5)
+    assert out.metric_sums["loss/entropy"].item() == pytest.approx(-0.5 * bonus, rel=1e-5)
 
 
 def test_what_a_loss_needs():
+    regularized = partial(losses.xpo, entropy_regularization=0.1)
+    assert needs(regularized) == needs(partial(losses.combine, losses=[(regularized, 1.0)])) == {"entropy"}
+    assert not needs(partial(losses.nash_md, entropy_regularization=0.1, entropy_mode="sampled_surrogate")) and not needs(losses.nash_md)
+    assert is_first_only(partial(losses.nash_md, beta=B)) and not is_first_only(losses.xpo)
+    assert not is_first_only(partial(losses.combine, losses=[(losses.nash_md, 1.0), (losses.sft, 0.1)]))
     free = {losses.simpo, losses.cpo, losses.orpo, losses.sft}
     assert all(needs_reference(partial(loss, **params)) == (loss not in free) for loss, params, _ in OF_Z + OTHERS)
     mixed = partial(losses.combine, losses=[(losses.sft, 1.0), (partial(losses.combine, losses=[(partial(losses.dpo, beta=B), 1.0)]), 0.5)])

@@ -18,7 +18,13 @@ SYMMETRIC = [partial(loss, beta=B, **params) for loss, params, _ in OF_Z + OTHER
     partial(losses.dpo, beta=B, sft_loss_weight=0.5),
     partial(losses.combine, losses=[(partial(losses.dpo, beta=B), 0.8), (losses.sft, 0.3)], ld_alpha=0.5),
 ]
-LOSSES = [*SYMMETRIC, partial(losses.xpo, alpha=0.2, entropy_regularization=0.1), partial(losses.nash_md, beta=B, entropy_regularization=0.1)]
+SURROGATE = {"entropy_regularization": 0.1, "entropy_mode": "sampled_surrogate"}
+LOSSES = [
+    *SYMMETRIC,
+    *[partial(losses.xpo, alpha=0.2, **entropy) for entropy in (SURROGATE, {"entropy_regularization": 0.1})],
+    *[partial(losses.nash_md, beta=B, **entropy) for entropy in (SURROGATE, {})],
+    partial(losses.combine, losses=[(partial(losses.ipo, beta=B), 1.0)], **SURROGATE),
+]
 WITHOUT_GRADIENT_OF_VALUE = (losses.aot_unpaired, losses.nash_md)  # by design: see their docstrings
 
 
@@ -58,7 +64,7 @@ def test_order_and_packing_do_not_matter(data):
 def test_swapping_the_sides_and_the_preference_changes_nothing(loss):
     pairs = make_pairs(preference=[1.0, 0.2, 0.7, 0.0])
     extras = pairs.extras_P | {"score_first": pairs.extras_P["score_second"], "score_second": pairs.extras_P["score_first"]}
-    swapped = type(pairs)(pairs.policy_K, pairs.ref_K, pairs.cell_K ^ 1, 1 - pairs.preference_P, extras)
+    swapped = type(pairs)(pairs.policy_K, pairs.ref_K, pairs.cell_K ^ 1, 1 - pairs.preference_P, extras, pairs.extras_K)
     a, b = loss(pairs), loss(swapped)
     assert a.loss_sum.item() == pytest.approx(b.loss_sum.item(), rel=1e-5)
     for key, value in a.metric_sums.items():
@@ -78,7 +84,7 @@ def extreme(ratios):
     """A pair for each (r first, r second), with one token a side."""
     pairs = make_pairs(0, [(1, 1)] * len(ratios), [1.0, 0.0, 0.5] * (len(ratios) // 3))
     ratio = torch.tensor(ratios).view(-1)
-    return type(pairs)(ratio.clamp(max=0), -ratio.clamp(min=0), pairs.cell_K, pairs.preference_P, pairs.extras_P)
+    return type(pairs)(ratio.clamp(max=0), -ratio.clamp(min=0), pairs.cell_K, pairs.preference_P, pairs.extras_P, pairs.extras_K)
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=name)

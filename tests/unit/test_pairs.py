@@ -1,5 +1,7 @@
 """Candidates to pairs: who samples them, which are compared, which comparisons are trained on, what is counted."""
 
+import math
+
 import pytest
 
 from megapref.batch import Completion, Judgement, Prompt
@@ -23,8 +25,9 @@ def digit(prompts, completions):
     return [float(c.text[0]) if c.text[0].isdigit() else None for c in completions]
 
 
-def batch_of(texts, decide, candidates="policy_policy", number=4, pairing="best_worst", by_scores=True):
-    (batch,) = online_pairs([(3, PROMPTS)], generator(texts), decide, models=models_of(candidates, number), pairing=pairing, by_scores=by_scores)
+def batch_of(texts, decide, candidates="policy_policy", number=4, pairing="best_worst", by_scores=True, **options):
+    how = {"models": models_of(candidates, number), "pairing": pairing, "by_scores": by_scores, **options}
+    (batch,) = online_pairs([(3, PROMPTS)], generator(texts), decide, **how)
     return batch
 
 
@@ -70,6 +73,16 @@ def test_of_two_models_one_candidate_each_makes_a_pair():
     batch = batch_of(texts, REWARDS, candidates="policy_reference")
     assert pairs_of(batch) == [("1", "8", 0.0), ("0", "5", 0.0)]  # a tie of differences: the first
     assert models_of("policy_reference", 3) == ("policy", "policy", "reference")
+
+
+def test_first_only_drops_the_opponents_sample_after_it_judged():
+    soft = decide_by_rewards(ask_rewards({"digit": digit}), {"digit": 1.0}, 0.0, "skip", soft_preference=True)
+    batch = batch_of({"a": "31", "b": "55"}, soft, candidates="policy_mixture", number=2, first_only=True, mixture_coef=lambda step: step / 10)
+    assert [(pair.first_ids, pair.second_ids) for pair in batch.pairs] == [([ord("3")], ()), ([ord("5")], ())]
+    assert [pair.preference for pair in batch.pairs] == [pytest.approx(1 / (1 + math.exp(-2))), 0.5]
+    assert [c.text for c in batch.contests[0].candidates] == ["3p", "1m"]
+    assert batch.sums["objective/scores"] == batch.sums["scores/policy"] == (8, 2) and batch.sums["scores/mixture"] == (6, 2)
+    assert batch.sums["mixture_coef"] == (0.3, 1)
 
 
 def test_a_judge_holds_a_tournament():
