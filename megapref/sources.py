@@ -145,7 +145,7 @@ def online_source(
     load_opponent: Load,
     first_only: bool,
 ) -> tuple[Iterator[PairBatch], Evaluate]:
-    """Pairs of judged samples from step `state.step` on, of which the loss may train on the `first_only`.
+    """Pairs of judged samples from step `state.step` on; `first_only`: the loss does not train on the second of a pair.
 
     Evaluation plays the policy against the reference, answers of the rows or another model.
     """

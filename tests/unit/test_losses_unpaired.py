@@ -52,6 +52,7 @@ def test_metrics():
         "rewards/margins": B * sum(signed),
         "rewards/accuracies": sum(x > 0 for x in signed),
         "rewards/mean": B * sum(r),
+        "kto/kl": 4 * 0.4,
         "rewards/chosen": B * sum(x for x, good in zip(r, DESIRABLE, strict=True) if good),
         "count rewards/chosen": 2,
         "rewards/rejected": B * sum(x for x, good in zip(r, DESIRABLE, strict=True) if not good),
