@@ -20,6 +20,8 @@ from megapref.mcore.attention import segment_params
 
 # Rows of the LM head computed at once: [chunk, V] is the largest tensor the head makes.
 HEAD_CHUNK = 256
+# Logits [K, V] of a pack up to this size are kept for backward; larger ones are computed again.
+KEPT_LOGITS_BYTES = 64 * 2**20
 
 
 def to_device(pack: PackedBatch) -> PackedBatch:
@@ -68,7 +70,8 @@ def completion_logps(
     # Rows added so that the vocabulary divides by the tensor-parallel size are not words: they must not be in the softmax.
     num_words = min(max(model.true_vocab_size - vocab_start, 0), weight.shape[0])
     target_K = pack.target_ids_K - vocab_start
-    logps_K, entropy_K, log_sum_sq_K = _VocabParallelLogps.apply(rows_KH, weight, target_K, num_words, wanted)
+    keep = torch.is_grad_enabled() and 4 * len(target_K) * num_words <= KEPT_LOGITS_BYTES
+    logps_K, entropy_K, log_sum_sq_K = _VocabParallelLogps.apply(rows_KH, weight, target_K, num_words, wanted, keep)
     extras_K = {"entropy": entropy_K, "log_sum_sq": log_sum_sq_K}
     return logps_K, {name: extras_K[name] for name in wanted & extras_K.keys()}
 
@@ -76,18 +79,19 @@ def completion_logps(
 class _VocabParallelLogps(torch.autograd.Function):
     """Of each row's softmax(hidden W^T): log-probability of the target, entropy, log of the sum of squares (the latter two None where not wanted).
 
-    In chunks of rows; logits are recomputed in backward, never kept. `target_K` counts from this rank's first word; targets of other ranks fall
+    In chunks of rows; logits are kept for backward if `keep`, otherwise computed again. `target_K` counts from this rank's first word; targets of other ranks fall
     outside [0, num_words).
     """
 
     @staticmethod
-    def forward(ctx, hidden_KH: Tensor, weight_VH: Tensor, target_K: Tensor, num_words: int, wanted: frozenset[str]):
+    def forward(ctx, hidden_KH: Tensor, weight_VH: Tensor, target_K: Tensor, num_words: int, wanted: frozenset[str], keep: bool):
         mine_K = (target_K >= 0) & (target_K < num_words)
         local_K = target_K.where(mine_K, 0)
         words_VH = weight_VH[:num_words]
         with_entropy, with_squares = "entropy" in wanted, "log_sum_sq" in wanted
         lse_K, lse_squares_K = hidden_KH.new_full((2, len(target_K)), float("-inf"), dtype=torch.float32)
         logit_K, mean_logit_K = hidden_KH.new_zeros((2, len(target_K)), dtype=torch.float32)
+        kept = []
         for rows in _chunks(len(target_K)) if num_words else ():
             logits = (hidden_KH[rows] @ words_VH.t()).float()
             lse_K[rows] = logits.logsumexp(1)
@@ -96,6 +100,8 @@ class _VocabParallelLogps(torch.autograd.Function):
                 lse_squares_K[rows] = (2 * logits).logsumexp(1)
             if with_entropy:
                 mean_logit_K[rows] = torch.linalg.vecdot((logits - lse_K[rows, None]).exp(), logits)
+            if keep:
+                kept.append(logits)
         logit_K.masked_fill_(~mine_K, 0)
         group = parallel_state.get_tensor_model_parallel_group()
         if group.size() > 1:
@@ -106,7 +112,7 @@ class _VocabParallelLogps(torch.autograd.Function):
             dist.all_reduce(sums, group=group)
             lse_K, logit_K, mean_logit_K, lse_squares_K = top_K + sums[0].log(), sums[1], sums[2] / sums[0], 2 * top_K + sums[3].log()
         entropy_K = lse_K - mean_logit_K if with_entropy else None
-        ctx.save_for_backward(hidden_KH, weight_VH, local_K, mine_K, lse_K, entropy_K)
+        ctx.save_for_backward(hidden_KH, weight_VH, local_K, mine_K, lse_K, entropy_K, *kept)
         ctx.num_words = num_words
         ctx.set_materialize_grads(False)
         log_sum_sq_K = lse_squares_K - 2 * lse_K if with_squares else None
@@ -116,13 +122,14 @@ class _VocabParallelLogps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_K: Tensor | None, entropy_grad_K: Tensor | None, _):
-        hidden_KH, weight_VH, local_K, mine_K, lse_K, entropy_K = ctx.saved_tensors
+        hidden_KH, weight_VH, local_K, mine_K, lse_K, entropy_K, *kept = ctx.saved_tensors
         words_VH = weight_VH[: ctx.num_words]
         grad_hidden, grad_weight = torch.zeros_like(hidden_KH), torch.zeros_like(weight_VH)
         grad_K = torch.zeros_like(lse_K) if grad_K is None else grad_K
-        for rows in _chunks(len(grad_K)) if ctx.num_words else ():
+        for number, rows in enumerate(_chunks(len(grad_K)) if ctx.num_words else ()):
             hidden = hidden_KH[rows]
-            logp = (hidden @ words_VH.t()).float().sub_(lse_K[rows, None])
+            logits = kept[number] if kept else (hidden @ words_VH.t()).float()
+            logp = logits - lse_K[rows, None]
             if entropy_grad_K is None:
                 slope = logp.exp_().mul_(-grad_K[rows, None])
             else:  # dH / dz_v = -p_v (log p_v + H)
@@ -131,7 +138,7 @@ class _VocabParallelLogps(torch.autograd.Function):
             slope = slope.to(hidden.dtype)
             torch.mm(slope, words_VH, out=grad_hidden[rows])
             grad_weight[: ctx.num_words].addmm_(slope.t(), hidden)
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def _chunks(length: int) -> list[slice]:
