@@ -79,8 +79,8 @@ def completion_logps(
 class _VocabParallelLogps(torch.autograd.Function):
     """Of each row's softmax(hidden W^T): log-probability of the target, entropy, log of the sum of squares (the latter two None where not wanted).
 
-    In chunks of rows; logits are kept for backward if `keep`, otherwise computed again. `target_K` counts from this rank's first word; targets of other ranks fall
-    outside [0, num_words).
+    In chunks of rows; logits are kept for backward if `keep`, otherwise computed again. `target_K` counts from this rank's first word; targets of
+    other ranks fall outside [0, num_words).
     """
 
     @staticmethod

@@ -39,10 +39,11 @@ def transformers_dpo(folder, beta: float, scale: float = 0.3):
     return logps_P2.detach(), loss.item(), gradients
 
 
-def packed_dpo(folder: str, beta: float, layout: dict, share_prompt: bool, max_tokens: int):
+def packed_dpo(folder: str, beta: float, layout: dict, share_prompt: bool, keep_logits: bool, max_tokens: int):
     """The same through packs in a layout: sums of completions, sorted, where the last stage is; loss, norm of the gradient, number of packs;
     on one process the gradients by transformers' names."""
     from functools import partial
+    from unittest.mock import patch
 
     from megapref import losses
     from megapref.config import Optimizer, Parallel, Precision
@@ -50,7 +51,7 @@ def packed_dpo(folder: str, beta: float, layout: dict, share_prompt: bool, max_t
     from megapref.convert.families import read_spec
     from megapref.convert.hf import load_hf
     from megapref.data.packing import pack
-    from megapref.mcore import setup
+    from megapref.mcore import forward, setup
     from megapref.mcore.model import build_model, named_weights
     from megapref.mcore.optimizer import build_optimizer, wrap_for_training
     from megapref.mcore.step import TrainState, score_packs, train_step
@@ -67,7 +68,8 @@ def packed_dpo(folder: str, beta: float, layout: dict, share_prompt: bool, max_t
     scored = zip(score_packs(chunks, mine), mine, strict=True)
     sums = [torch.zeros(2 * batch.num_rows).index_add(0, batch.cell_K, logps) for logps, batch in scored if logps is not None]
     state = TrainState(chunks, build_optimizer(chunks, Optimizer(lr=0.0, clip_grad=1e9), Precision()))
-    metrics = train_step(state, mine, partial(losses.dpo, beta=beta), lr=0.0)
+    with patch.object(forward, "KEPT_LOGITS_BYTES", forward.KEPT_LOGITS_BYTES if keep_logits else 0):
+        metrics = train_step(state, mine, partial(losses.dpo, beta=beta), lr=0.0)
     gradients = {}
     for core_name, layer, parameter in named_weights(chunks) if torch.distributed.get_world_size() == 1 else ():
         kind, names = spec.weights[core_name]
@@ -91,12 +93,12 @@ def checkpoint(request, tmp_path_factory):
     return str(folder), transformers_dpo(folder, beta=0.1)
 
 
-@pytest.mark.parametrize("share_prompt", [True, False])
+@pytest.mark.parametrize(("share_prompt", "keep_logits"), [(True, True), (False, False)])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_packed_step_equals_transformers(checkpoint, layout, share_prompt):
+def test_packed_step_equals_transformers(checkpoint, layout, share_prompt, keep_logits):
     folder, (logps_P2, loss, gradients) = checkpoint
     world = layout.get("tensor", 1) * layout.get("pipeline", 1)
-    for result in run_distributed(packed_dpo, world, folder, 0.1, layout, share_prompt, 180):
+    for result in run_distributed(packed_dpo, world, folder, 0.1, layout, share_prompt, keep_logits, 180):
         sums, packed_loss, grad_norm, num_packs, packed_gradients = result
         assert num_packs > 1
         assert packed_loss == pytest.approx(loss, rel=1e-5)
@@ -112,6 +114,6 @@ def test_packed_step_equals_transformers(checkpoint, layout, share_prompt):
 def test_data_parallel_equals_one_process_whatever_the_packing(checkpoint):
     folder, (_, loss, _) = checkpoint
     for world, max_tokens in ((1, 1000), (2, 180), (4, 1000)):  # the last: six pairs on four ranks
-        results = run_distributed(packed_dpo, world, folder, 0.1, {}, True, max_tokens)
+        results = run_distributed(packed_dpo, world, folder, 0.1, {}, True, True, max_tokens)
         assert len({(r[1], r[2]) for r in results}) == 1
         assert results[0][1] == pytest.approx(loss, rel=1e-5)

@@ -8,9 +8,12 @@ each side, in turns; every run adds a line of JSON to DIR/runs.jsonl, of which `
     python tests/parity/trl/time_trainer.py megapref DIR
     python tests/parity/trl/time_trainer.py table DIR
 
-Both make the same optimizer steps on the same pairs in the same order. `--reference precomputed` has the reference's log-probabilities ready
-before the clock starts; TRL then holds no reference model. Memory is the most resident memory while training, less what the process held
-with its models loaded and nothing else. TRL's rows are token ids: it is spared tokenization.
+Both make the same optimizer steps on the same pairs in the same order; megapref's is a whole run of the recipe `dpo` from text. With
+`--reference precomputed` the reference's log-probabilities are ready before the clock starts: by TRL's `precompute_ref_log_probs`, by our
+`reference.mode=cached`.
+Memory is the most resident memory while training, less what the process held with its models loaded and nothing else. TRL's rows are token ids.
+
+A busy machine only ever adds to a step's CPU seconds, so `table` takes the least of each step over the runs.
 """
 
 import argparse
@@ -43,9 +46,7 @@ class Meter:
 
     def stop(self) -> None:
         self.steps.append(time.process_time() - self._started)
-
-    def added_bytes(self) -> int:
-        return resident("VmHWM") - self._base
+        self.added_bytes = resident("VmHWM") - self._base
 
 
 def resident(field: str) -> int:
@@ -54,15 +55,24 @@ def resident(field: str) -> int:
 
 
 def make_inputs(options: argparse.Namespace) -> None:
-    """The random model and the synthetic pairs of tools/benchmark.py."""
+    """The random model and the synthetic pairs of tools/benchmark.py, as a text of words "w17" that a tokenizer gives back token for token."""
     sys.path.append(str(ROOT / "tools"))
     from benchmark_inputs import make_model, synthetic_pairs
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
 
     torch.manual_seed(0)
     options.folder.mkdir(parents=True, exist_ok=True)
     make_model(options.folder / "model", 6, 256)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(8192)}, unk_token="w0"))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.WhitespaceSplit(), decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2", pad_token="w1").save_pretrained(options.folder / "model")
     pairs = synthetic_pairs(options.pairs, 8192, 0)
-    rows = [{"prompt_ids": pair.prompt_ids, "chosen_ids": pair.first_ids, "rejected_ids": pair.second_ids} for pair in pairs]
+    spoken = lambda ids: "".join(f" w{i}" for i in ids)  # noqa: E731
+    texts = [{"prompt": spoken(p.prompt_ids), "chosen": spoken(p.first_ids), "rejected": spoken(p.second_ids)} for p in pairs]
+    (options.folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    # A completion is trained with the end of text behind it.
+    rows = [{"prompt_ids": p.prompt_ids, "chosen_ids": [*p.first_ids, 2], "rejected_ids": [*p.second_ids, 2]} for p in pairs]
     (options.folder / "rows.json").write_text(json.dumps(rows))
 
 
@@ -95,49 +105,50 @@ def time_trl(options: argparse.Namespace) -> tuple[Meter, list]:
 
 
 def time_megapref(options: argparse.Namespace) -> tuple[Meter, list]:
-    from functools import partial
+    """A run of the recipe `dpo` as launchers/train.py makes it, with a clock around its steps; the cache is filled by the first run."""
+    from unittest.mock import patch
 
-    from megapref import config, losses
-    from megapref.batch import TokenPair
-    from megapref.convert.families import read_spec
-    from megapref.convert.hf import load_hf
-    from megapref.data.packing import pack
-    from megapref.mcore import reference, setup, step
-    from megapref.mcore.model import build_model
-    from megapref.mcore.optimizer import build_optimizer, wrap_for_training
+    from megapref import build, train
+    from megapref.config import load
 
-    setup.start(config.Parallel(), 0)
-    spec = read_spec(options.folder / "model")
+    meters = []
 
-    def load():
-        chunks = build_model(spec, config.Parallel(), torch.float32)
-        load_hf(chunks, spec, options.folder / "model")
-        return chunks
+    def wrap_for_training(chunks):  # the models are loaded, and nothing else
+        meters.append(Meter())
+        return wrapped(chunks)
 
-    def pack_batch(start: int):
-        return pack(pairs[start : start + options.batch], max_tokens=options.max_tokens)[0]
+    def step(*args):
+        meters[0].start()
+        metrics = one_step(*args)
+        meters[0].stop()
+        return metrics
 
-    pairs = [TokenPair(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in read_rows(options)]
-    frozen, ready = reference.resident(load()), {}
+    wrapped, one_step = build.wrap_for_training, train._step
+    reference = {"reference.mode": "resident"}
     if options.reference == "precomputed":
-        ready = {start: reference.fill_reference(frozen, pack_batch(start)) for start in range(0, len(pairs), options.batch)}
-        frozen = None
-    policy = load()
-    meter, outcomes = Meter(), []
-    policy = wrap_for_training(policy)
-    state = step.TrainState(policy, build_optimizer(policy, config.Optimizer(lr=LR, clip_grad=CLIP_GRAD), config.Precision()))
-    for start in range(0, len(pairs), options.batch):
-        meter.start()
-        packs = ready[start] if ready else reference.fill_reference(frozen, pack_batch(start))
-        metrics = step.train_step(state, packs, partial(losses.dpo, beta=BETA), LR)
-        meter.stop()
-        outcomes.append((metrics["loss"], metrics["grad_norm"]))
-    setup.stop()
-    return meter, outcomes
+        reference = {"reference.mode": "cached", "reference.cache": options.folder / "reference_cache"}
+    with tempfile.TemporaryDirectory() as output:
+        given = {
+            "run.dir": f"{output}/run",
+            "model.path": options.folder / "model",
+            "data.train": f"[{{path: {options.folder / 'rows.jsonl'}}}]",
+            "data.shuffle": "false",
+            "train.steps": options.warmup + options.steps,
+            "train.global_batch_size": options.batch,
+            "pack.max_tokens": options.max_tokens,
+            "loss.params.beta": BETA,
+            "optimizer": f"{{lr: {LR}, schedule: constant, warmup_steps: 0, clip_grad: {CLIP_GRAD}}}",
+            "save.export": "false",
+        } | reference
+        cfg = load("dpo", [*(f"{key}={value}" for key, value in given.items()), "~data.validation"], None, world_size=1)
+        with patch.object(build, "wrap_for_training", wrap_for_training), patch.object(train, "_step", step):
+            train.main(cfg)
+        logged = [json.loads(line) for line in Path(output, "run", "metrics.jsonl").read_text().splitlines()]
+    return meters[0], [(record["loss"], record["grad_norm"]) for record in logged]
 
 
 def show_table(options: argparse.Namespace) -> None:
-    """Medians over runs, having checked that all runs of the same batch made the same steps."""
+    """Each side's speed and memory, having checked that all runs of the same batch made the same steps."""
     runs, first = defaultdict(list), {}
     for line in (options.folder / "runs.jsonl").read_text().splitlines():
         run = json.loads(line)
@@ -146,9 +157,10 @@ def show_table(options: argparse.Namespace) -> None:
         assert all(math.isclose(*both, rel_tol=1e-3) for step in steps for both in zip(*step, strict=True)), f"not the steps of the first run: {line}"
         runs[run["reference"], run["batch"], run["side"], run["part"]].append(run)
     for (reference, batch, side, part), same in sorted(runs.items()):
-        speeds = [batch * len(run["cpu_seconds"]) / sum(run["cpu_seconds"]) for run in same]
+        of_runs = [batch * len(run["cpu_seconds"]) / sum(run["cpu_seconds"]) for run in same]
+        least = [min(step) for step in zip(*(run["cpu_seconds"] for run in same), strict=True)]
+        speed = f"{batch * len(least) / sum(least):.2f} pairs per CPU second (single runs {min(of_runs):.2f} to {max(of_runs):.2f})"
         added = median(run["added_bytes"] for run in same) / 2**20
-        speed = f"{median(speeds):.2f} pairs per CPU second ({min(speeds):.2f} to {max(speeds):.2f})"
         print(f"{reference} reference, batch {batch}, {side}, {part}: {speed}, {added:,.0f} MiB added, {len(same)} runs")
 
 
@@ -171,7 +183,7 @@ def main() -> None:
     meter, outcomes = (time_trl if options.what == "trl" else time_megapref)(options)
     part = f"{options.micro_batch} pairs padded" if options.what == "trl" else f"packs of {options.max_tokens}"
     run = {"side": options.what, "part": part, "reference": options.reference, "batch": options.batch}
-    run |= {"cpu_seconds": meter.steps[options.warmup :], "added_bytes": meter.added_bytes(), "load": os.getloadavg()[0], "outcomes": outcomes}
+    run |= {"cpu_seconds": meter.steps[options.warmup :], "added_bytes": meter.added_bytes, "load": os.getloadavg()[0], "outcomes": outcomes}
     with (options.folder / "runs.jsonl").open("a") as log:
         log.write(json.dumps(run) + "\n")
     return None
