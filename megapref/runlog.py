@@ -58,14 +58,13 @@ def create_run_dir(path: str | Path, resolved_yaml: str, resume: bool, device: d
 
     `device` is what mcore/capabilities.py reports, added to the environment.
     """
-    path = Path(path)
-    holds_run = (path / "metrics.jsonl").exists() or (path / "checkpoints").exists()
-    if holds_run and not resume:
+    path, is_old = Path(path), holds_run(Path(path))
+    if is_old and not resume:
         raise ValueError(f"run.dir={path} already holds a run; use run.resume=auto to go on with it, or another run.dir")
     environment = json.dumps(environment_report() | (device or {}), indent=2) + "\n"
     with _os_errors_told(path):
         path.mkdir(parents=True, exist_ok=True)
-        if not holds_run:
+        if not is_old:
             _set_aside(path)
             _write_new(path / "config.yaml", resolved_yaml)
             _write_new(path / "environment.json", environment)
@@ -78,6 +77,11 @@ def create_run_dir(path: str | Path, resolved_yaml: str, resume: bool, device: d
             _write_new(path / f"config.resume-{number}.yaml", resolved_yaml)
         _write_new(path / f"environment.resume-{number}.json", environment)
     return path
+
+
+def holds_run(path: Path) -> bool:
+    """Whether a run has begun in the directory."""
+    return (path / "metrics.jsonl").exists() or (path / "checkpoints").exists()
 
 
 def _set_aside(path: Path) -> None:

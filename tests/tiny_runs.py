@@ -64,6 +64,17 @@ def picky(prompts, first, second, *, keep: list[int]) -> list[float | None]:
     return [0.9 if prompt.index in keep else None for prompt in prompts]
 
 
+def patient_dpo(pairs, *, beta: float, run_dir: str, step: int):
+    """DPO that in the given step waits until it is asked to stop, once in the life of the run."""
+    from megapref import losses, signals
+
+    done, metrics = Path(run_dir) / "waited", Path(run_dir) / "metrics.jsonl"
+    if not done.exists() and metrics.exists() and metrics_of(Path(run_dir))[-1]["step"] == step - 1:
+        assert signals.noted_within(300), "nobody asked this run to stop"
+        done.touch()
+    return losses.dpo(pairs, beta=beta)
+
+
 def run_training(tree: dict[str, dict]) -> str:
     """Runs `megapref.train.main`, in a worker; returns the message of its ValueError, or an empty string."""
     from megapref.config import Config

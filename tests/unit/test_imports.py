@@ -23,6 +23,8 @@ MAY_IMPORT = {
     "checks": ("plugins", "signals", "config"),  # config for annotations only
     "compose": ("checks", "plugins"),
     "config": ("checks", "compose", "schema"),
+    "cluster": ("config", "plugins", "schema", "signals"),
+    "slurm": ("cluster", "signals"),
     "data": ("batch",),
     "online": ("batch", "data", "inference"),
     "inference": ("batch", "config", "mcore"),
