@@ -30,7 +30,7 @@ def check(cfg: Config, world_size: int | None, hf_config: dict[str, Any] | None)
 
     `hf_config` is the model's config.json; call again once a hub model's is there.
     """
-    of_values = [*_layout(cfg, world_size), *_model(cfg, hf_config), *_lengths(cfg), *_method(cfg), *_streaming(cfg)]
+    of_values = [*_layout(cfg, world_size), *_model(cfg, hf_config), *_lengths(cfg), *_method(cfg), *_streaming(cfg), *_action(cfg)]
     errors = [*of_values, *_optimizer(cfg), *_sources(cfg), *_files(cfg)]
     if errors:
         raise ValueError("\n".join(errors))
@@ -164,6 +164,19 @@ def _method(cfg: Config) -> Iterator[str]:
         yield (
             f'reference.mode="{reference.mode}", but data.validation names prompts on which an online run is compared with its reference; '
             "use reference.mode=resident, evaluation.against=rows or the path of a model, or ~data.validation"
+        )
+
+
+def _action(cfg: Config) -> Iterator[str]:
+    if cfg.run.action != "evaluate":
+        return
+    if not cfg.data.validation:
+        yield 'run.action="evaluate" measures the rows of data.validation={}; name a source, such as data.validation.mine.path=FILE'
+    resume = cfg.run.resume
+    if resume == "auto" or (resume and Path(cfg.run.dir).resolve() in Path(resume).resolve().parents):
+        yield (
+            f'run.action="evaluate" writes a record of its own, not into that of run.resume={show(resume)}; '
+            "give a checkpoint's folder and another run.dir"
         )
 
 

@@ -38,7 +38,7 @@ def main(cfg: Config) -> bool:
         run = build(cfg, resume_from)
         log = setup.on_first_rank(_open_log)(cfg, run, resume_from) or runlog.RunLog(None, total_steps=run.total_steps)
         try:
-            return train(cfg, run, log)
+            return (train if cfg.run.action == "train" else evaluate)(cfg, run, log)
         finally:
             log.close()
     finally:
@@ -90,6 +90,14 @@ def train(cfg: Config, run: Run, log: runlog.RunLog) -> bool:
     if cfg.save.export:
         best = [checkpoint.path_of(run_dir / "checkpoints", step) for step in best_steps(progress, cfg)[:1] if step != state.step]
         run.export(*best or [None], run_dir / "hf")
+    setup.on_first_rank(log.summary)()
+    return False
+
+
+def evaluate(cfg: Config, run: Run, log: runlog.RunLog) -> bool:
+    """One evaluation of the weights as they are, under the number of the steps they have seen; False, as nothing asks it to stop."""
+    metrics, rows = _evaluate(run)
+    setup.on_first_rank(partial(_record, cfg, log))(run.state.step, metrics, rows, [])
     setup.on_first_rank(log.summary)()
     return False
 
@@ -190,7 +198,7 @@ def _make_run_dir(cfg: Config, resume_from: Path | None) -> None:
 
 def _open_log(cfg: Config, run: Run, resume_from: Path | None) -> runlog.RunLog:
     run_dir = Path(cfg.run.dir)
-    resumed_at = run.state.step if resume_from else None
+    resumed_at = run.state.step if resume_from and cfg.run.action == "train" else None
     unused = checkpoint.set_aside_after(run_dir / "checkpoints", run.state.step)
     unused_steps = ledger.set_aside_after(run_dir / "ledger", run.state.step)
     log = runlog.RunLog(run_dir, total_steps=run.total_steps, resumed_at=resumed_at, tensorboard=cfg.log.tensorboard, wandb=cfg.log.wandb)

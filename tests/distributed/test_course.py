@@ -70,6 +70,19 @@ def test_the_guard_stops_a_run_or_trains_the_likelihood_too(train):
     assert raised[first + 1]["loss"] == pytest.approx(raised[first + 1]["loss/apo_down"] + raised[first + 1]["loss/sft"])
 
 
+def test_evaluation_alone(train, tmp_path):
+    """Of the first model, and of a checkpoint: what the run itself measured then, in a directory of its own."""
+    records = train("run", save={"every": 2, "keep": 3})
+    only = {"action": "evaluate"}
+    (first,) = train("first", run=only)
+    (second,) = train("second", run={**only, "resume": str(tmp_path / "run" / "checkpoints" / "step_000002")})
+    for record, expected in ((first, records[0]), (second, records[2])):
+        measured = [name for name in record if name.startswith("validation-")]
+        assert METRIC in measured and record["step"] == expected["step"]
+        assert all(record[name] == expected[name] for name in measured)
+    assert not (tmp_path / "second" / "checkpoints").exists()
+
+
 def test_epochs_take_the_place_of_steps(train):
     assert [record["step"] for record in train("run", train={"epochs": 1.5})] == [0, 1, 2, 3]  # 12 of the 8 rows, in batches of 5
 

@@ -218,6 +218,12 @@ BAD_OVERRIDES = [
     ("data.max_length=50", ["data.max_length=50 is less than", "generation.max_new_tokens=64; use at least 65"]),
     ("data.train=[]", ["data.train=[] names no source; give data.train=[{path: FILE}]"]),
     ("~reward.kindness", ["reward={} and judge=null; give reward.NAME.function"]),
+    ("reference.mode=cached", ['reference.mode="cached" needs completions that are known before training', "use reference.mode=resident or swapped"]),
+    ("reference.cache=here", ['reference.cache="here" is not read with reference.mode="resident"', "use reference.mode=cached"]),
+    ("save.keep_best=1", ["save.keep_best needs to know what is better; set evaluation.metric"]),
+    ("evaluation.patience=1", ["evaluation.patience needs to know what is better; set evaluation.metric"]),
+    ("data.streaming=true", ['data.streaming=true reads pairs while training, but method.pairs="online" reads prompts']),
+    ("run.action=evaluate", ['run.action="evaluate" measures the rows of data.validation={}; name a source']),
     # files
     ("model.path=no/such/folder", ['model.path="no/such/folder": there is no such folder', "give a Hugging Face folder"]),
     ("model.path=mine/none", ['model.path="mine/none": there is no such folder']),
@@ -237,6 +243,34 @@ def test_bad_input_names_key_value_and_remedy(override, parts):
     message = str(error.value)
     assert all(part in message for part in parts), message
     assert len(message.splitlines()) <= 3, message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (["data.streaming=true", "reference.mode=cached"], "scores all rows before training, but data.streaming=true reads them during it"),
+        (["data.streaming=true", "train.epochs=2"], "train.epochs=2: how many rows an epoch has is not known with data.streaming=true"),
+        (["reference.mode=cached", "reference.sync_steps=5"], 'reference.sync_steps=5 moves the reference, but reference.mode="cached" holds none'),
+        (["run.action=evaluate", "run.resume=auto", "+data.validation.a.path=rows.jsonl"], "give a checkpoint's folder and another run.dir"),
+        (["run.action=evaluate", "run.resume=model", "run.dir=.", "+data.validation.a.path=rows.jsonl"], 'not into that of run.resume="model"'),
+    ],
+)
+def test_offline_options_that_do_not_go_together(overrides, part):
+    with pytest.raises(ValueError) as error:
+        load("plain", ["method.pairs=offline", *overrides], "mine", world_size=None)
+    assert part in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+def test_a_stream_has_one_loss_and_kto_needs_others():
+    with pytest.raises(ValueError, match=r"with data.streaming=true no epoch has a known end"):
+        check_plugins(small("method.pairs=offline", "data.streaming=true", "loss.params.beta=[0.5,0.1]"))
+    for overrides, words in (
+        (["train.global_batch_size=1"], r"train.global_batch_size=1 leaves .*no other prompt's completion"),
+        (["reference.mode=cached"], r'reference.mode="cached" has no log-probabilities of the mismatched completions'),
+        (["guard.action=raise_sft_weight"], r"has no sides; use warn or stop"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            check_plugins(small("method.pairs=offline", "loss=kto", *overrides))
 
 
 def test_several_mistakes_are_listed_together():
