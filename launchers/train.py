@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megapref import compose, config, launch, signals
+from megapref.plan.hardware import Gpu, parse_machine
 from megapref.plugins import describe, did_you_mean, show
 from megapref.schema import MISSING, options
 
@@ -22,6 +23,7 @@ usage: torchrun --nproc-per-node N launchers/train.py --config-name RECIPE [--co
   --config-name RECIPE   the recipe to run
   --config-dir DIR       more recipes and groups, your own
   --cfg                  print the resolved config and stop
+  --plan[=64xh100]       print predicted memory and step time of this run and of other layouts on so many GPUs, and stop (8xh100)
   --help                 print this text and stop
 
 Overrides: optimizer.lr=1e-5   parallel=tp2   data.train='[{path: a.jsonl}]'   +loss.params.label_smoothing=0.1   ~reward.kindness"""
@@ -37,6 +39,7 @@ class Arguments:
     config_name: str | None = None
     config_dir: str | None = None
     show_config: bool = False
+    plan_for: str | None = None  # number and kind of GPUs
     show_help: bool = False
     overrides: list[str] = field(default_factory=list)
 
@@ -54,13 +57,20 @@ def parse(argv: list[str]) -> Arguments:
                 raise ValueError(f"{name} needs a value: {name} {'RECIPE' if name == '--config-name' else 'DIR'}")
         elif word in ("--cfg", "--help", "-h"):
             values[word] = True
+        elif name == "--plan":
+            values[name] = value or "8xh100"
         elif word.startswith("-"):
-            known = ("--config-name", "--config-dir", "--cfg", "--help")
+            known = ("--config-name", "--config-dir", "--cfg", "--plan", "--help")
             raise ValueError(f"{word}: unknown option{did_you_mean(name, known)}; there are {', '.join(known)}")
         else:
             overrides.append(word)
     return Arguments(
-        values.get("--config-name"), values.get("--config-dir"), "--cfg" in values, bool(values.keys() & {"--help", "-h"}), overrides
+        values.get("--config-name"),
+        values.get("--config-dir"),
+        "--cfg" in values,
+        values.get("--plan"),
+        bool(values.keys() & {"--help", "-h"}),
+        overrides,
     )
 
 
@@ -92,7 +102,8 @@ def main(argv: list[str]) -> int:
             return 0
         if arguments.config_name is None:
             raise ValueError(f"--config-name is missing; there are {', '.join(sorted(compose.recipes(directories)))} (and --help)")
-        world_size = None if arguments.show_config and process.launcher == "none" else process.world_size
+        machine = parse_machine(arguments.plan_for) if arguments.plan_for else None
+        world_size = None if arguments.show_config and process.launcher == "none" else machine[0] if machine else process.world_size
         cfg = config.load(arguments.config_name, arguments.overrides, arguments.config_dir, world_size)
         if arguments.show_config:
             say(rank, config.to_yaml(cfg).rstrip())
@@ -100,6 +111,9 @@ def main(argv: list[str]) -> int:
         from megapref.methods import check_plugins  # brings torch: not for --help, --cfg or a wrong config
 
         check_plugins(cfg)
+        if machine:
+            show_plan(rank, cfg, *machine)
+            return 0
         launch.connect(process)
     except ValueError as error:
         return fail(rank, str(error))
@@ -113,6 +127,17 @@ def main(argv: list[str]) -> int:
         return fail(rank, f"{error}\n(raised in {where.name}, {where.filename}:{where.lineno})", every_rank=True)
     launch.leave(process)
     return signals.EXIT_CODE if is_stopped else 0
+
+
+def show_plan(rank: int, cfg: config.Config, num_gpus: int, gpu: Gpu) -> None:
+    """Prints what the run is predicted to need on so many GPUs, on rank 0."""
+    if rank == 0:
+        from rich.console import Console
+
+        from megapref.plan.tables import report
+        from megapref.planning import plan_config
+
+        Console(highlight=False).print(report(plan_config(cfg, num_gpus, gpu), top=8))
 
 
 def say(rank: int, text: str) -> None:

@@ -46,8 +46,12 @@ def pack(
             return batch
         return replace(batch, cell_K=batch.cell_K // 2, preference_P=None, desirable_C=torch.tensor([rows[i].desirable for i in group]).bool())
 
-    dealt = _deal(_group(sizes, capacity, num_ranks), sizes, num_ranks)
-    return [[lay_out(group) for group in groups] for groups in dealt]
+    return [[lay_out(group) for group in groups] for groups in assign(sizes, capacity, num_ranks)]
+
+
+def assign(sizes: Sequence[int], capacity: int, num_ranks: int) -> list[list[list[int]]]:
+    """The numbers of the rows in each pack of each rank, `[num_ranks][packs][rows]`, from the rows' sizes alone."""
+    return _deal(_group(sizes, capacity, num_ranks), sizes, num_ranks)
 
 
 def pair_tokens(pair: TokenPair, *, share_prompt: bool = True) -> int:
@@ -84,7 +88,7 @@ def _check(pairs: Sequence[TokenPair], sizes: list[int], capacity: int) -> None:
             )
 
 
-def _group(sizes: list[int], capacity: int, num_ranks: int) -> list[list[int]]:
+def _group(sizes: Sequence[int], capacity: int, num_ranks: int) -> list[list[int]]:
     """Groups of pair numbers, a multiple of `num_ranks`: as few as first-fit decreasing needs, evenly filled where that fits."""
     largest_first = sorted(range(len(sizes)), key=lambda i: -sizes[i])
     fitted = _first_fit(largest_first, sizes, capacity)
@@ -93,7 +97,7 @@ def _group(sizes: list[int], capacity: int, num_ranks: int) -> list[list[int]]:
     return groups or fitted + [[] for _ in range(num_packs - len(fitted))]
 
 
-def _first_fit(order: list[int], sizes: list[int], capacity: int) -> list[list[int]]:
+def _first_fit(order: list[int], sizes: Sequence[int], capacity: int) -> list[list[int]]:
     room = np.full(len(sizes), capacity)
     groups: list[list[int]] = []
     for i in order:
@@ -105,7 +109,7 @@ def _first_fit(order: list[int], sizes: list[int], capacity: int) -> list[list[i
     return groups
 
 
-def _balanced(order: list[int], sizes: list[int], capacity: int, num_packs: int) -> list[list[int]] | None:
+def _balanced(order: list[int], sizes: Sequence[int], capacity: int, num_packs: int) -> list[list[int]] | None:
     """Each pair into the least loaded pack; None where one does not fit."""
     load = np.zeros(num_packs, dtype=np.int64)
     groups: list[list[int]] = [[] for _ in range(num_packs)]
@@ -118,7 +122,7 @@ def _balanced(order: list[int], sizes: list[int], capacity: int, num_packs: int)
     return groups
 
 
-def _deal(groups: list[list[int]], sizes: list[int], num_ranks: int) -> list[list[list[int]]]:
+def _deal(groups: list[list[int]], sizes: Sequence[int], num_ranks: int) -> list[list[list[int]]]:
     """Equally many groups to every rank: round by round the largest goes to the rank with the fewest tokens."""
     loads = [sum(sizes[i] for i in group) for group in groups]
     largest_first = sorted(range(len(groups)), key=lambda g: -loads[g])

@@ -38,6 +38,8 @@ MAY_IMPORT = {
     "caching": ("batch", "config", "data", "mcore", "sources"),
     "build": ("batch", "caching", "config", "convert", "data", "losses", "mcore", "methods", "opponent", "progress", "sources"),
     "train": ("batch", "build", "config", "data", "losses", "mcore", "progress", "runlog", "signals"),
+    "plan": ("batch", "data"),
+    "planning": ("batch", "config", "convert", "data", "losses", "mcore", "methods", "online", "plan", "sources"),
 }
 
 
