@@ -51,9 +51,9 @@ def broken_judge(prompts, first, second) -> list[float]:
     ("how", "said"),
     [
         ("raises", ["KeyError", "no such adjective", "test_errors.py", "in broken_reward", "raise KeyError"]),
-        ("short", ["values for", "completions", "a list"]),
-        ("nan", ["nan", "completion 0", "finite"]),
-        ("text", ["'good'", "completion 0"]),
+        ("short", ["values for", "rows", "a list"]),
+        ("nan", ["nan", "row 0", "finite"]),
+        ("text", ["'good'", "row 0"]),
         ("nothing", ["NoneType"]),
     ],
 )
@@ -193,9 +193,9 @@ def test_single_bad_steps_do_not_stop_the_run(inputs, tmp_path):
 
 def train_with_another_policy(tree: dict) -> str:
     """A run whose policy is not its reference."""
-    from megapref import train
+    from megapref import build
 
-    resident = train.reference.resident
+    resident = build.reference.resident
 
     def spoil(chunks):
         with torch.no_grad():
@@ -203,11 +203,11 @@ def train_with_another_policy(tree: dict) -> str:
                 parameter.mul_(1.01)
         return resident(chunks)
 
-    train.reference.resident = spoil
+    build.reference.resident = spoil
     try:
         return run_training(tree)
     finally:
-        train.reference.resident = resident
+        build.reference.resident = resident
 
 
 def test_first_update_needs_policy_and_reference_to_agree(inputs, tmp_path):
