@@ -82,9 +82,9 @@ def train_until_killed(tree: dict, step: int, where: str) -> None:
 
     save, finish = checkpoint.save_checkpoint, checkpoint._finish
 
-    def save_or_die(state, *args):
+    def save_or_die(state, *args, **options):
         checkpoint._finish = die if (state.step, where) == (step, "during") else finish
-        return die() if (state.step, where) == (step, "before") else save(state, *args)
+        return die() if (state.step, where) == (step, "before") else save(state, *args, **options)
 
     checkpoint.save_checkpoint = save_or_die
     run_training(tree)
@@ -299,10 +299,10 @@ def train_on_a_full_disk(tree: dict, full_rank: int) -> str:
     save = checkpoint.save_checkpoint
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def save_on_full_disk(state, *args):
+    def save_on_full_disk(state, *args, **options):
         if state.step == 4 and int(os.environ["RANK"]) == full_rank:
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
-        return save(state, *args)
+        return save(state, *args, **options)
 
     checkpoint.save_checkpoint = save_on_full_disk
     try:
