@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"{folder}: its tokenizer has no chat template; leave out --chat to continue plain text")
         generation = Generation(options.max_new_tokens, options.temperature, options.top_p, options.top_k)
         engine = Engine(chunks[0], generation, max_length=chunks[0].max_sequence_length)
-        generate = make_generate({"policy": engine}, generation, tokenizer, options.seed)
+        generate = make_generate({"policy": engine.generate}, generation, tokenizer, options.seed)
 
         def complete(text: str, turn: int) -> list[str]:
             ids = tokenizer(text, add_special_tokens=not options.chat)["input_ids"]

@@ -97,3 +97,10 @@ def test_export_is_the_final_policy_in_transformers(run_dir):
     reference = AutoModelForCausalLM.from_pretrained(ROOT / "assets" / "demo" / "model", dtype=torch.float32)
     with torch.no_grad():
         assert (reference(torch.tensor([ids])).logits[0] - logits).abs().max() > 0.1
+
+
+@pytest.mark.slow
+def test_the_exported_model_answers(run_dir):
+    command = [sys.executable, "tools/generate.py", str(run_dir / "hf"), "--prompt", "How was the museum?"]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and len(done.stdout.replace("How was the museum?", "").split()) > 3, done.stderr[-3000:]
