@@ -9,7 +9,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from distributed_run import run_distributed
+from distributed_run import run_distributed, signals_of
 from tiny_runs import make_inputs, metrics_of, options, run_training, write_rows
 
 WORLDS = {"one process": (1, {}), "dp2": (2, {}), "tp2": (2, {"tensor": 2})}
@@ -61,6 +61,13 @@ def same_as(run_dir: Path, whole: Path) -> None:
     assert numbers(run_dir) == numbers(whole)
     weights = [(folder / "hf" / "model.safetensors").read_bytes() for folder in (run_dir, whole)]
     assert weights[0] == weights[1]
+    assert samples_in(run_dir) == samples_in(whole)
+
+
+def samples_in(run_dir: Path) -> dict[str, bytes]:
+    """What it has written of samples and their verdicts."""
+    paths = [path for pattern in ("ledger/*.parquet", "samples/*", "completions.html") for path in run_dir.glob(pattern)]
+    return {path.relative_to(run_dir).as_posix(): path.read_bytes() for path in paths}
 
 
 def at_step(whole: Path, copy: Path, step: int) -> Path:
@@ -88,6 +95,62 @@ def train_until_killed(tree: dict, step: int, where: str) -> None:
 
     checkpoint.save_checkpoint = save_or_die
     run_training(tree)
+
+
+def train_until_killed_at(tree: dict, step: int, place: str) -> None:
+    """Trains; the first rank kills itself at the given place of the step, the others end as they lose it."""
+    _die_at(step, place)
+    run_training(tree)
+
+
+def _die_at(step: int, place: str) -> None:
+    import tiny_runs
+
+    from megapref.data import ledger
+    from megapref.mcore import checkpoint, generation
+    from megapref.mcore import step as mcore_step
+    from megapref.online import pairs
+
+    where = {
+        "generation": (generation._Sampler, "sample_kernel"),
+        "judging": (tiny_runs, "letters"),
+        "ledger": (ledger.pq, "write_table"),
+        "training": (mcore_step, "apply_gradients"),
+        "saving": (checkpoint, "_finish"),
+    }
+    (holder, name), sample, calls = where[place], pairs.sample, []
+
+    def sample_and_count(prompts, generate, models, number):
+        calls.append(number)
+        return sample(prompts, generate, models, number)
+
+    real = getattr(holder, name)
+
+    def die(*args, **kwargs):
+        is_last = calls[-1:] == [step - 1] and os.environ["RANK"] == "0"
+        result = None if is_last and place == "saving" else real(*args, **kwargs)  # what finishes a save makes it count
+        if is_last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    pairs.sample = sample_and_count
+    setattr(holder, name, die)
+
+
+PLACES = ("generation", "judging", "ledger", "training", "saving")
+
+
+@pytest.mark.parametrize(("place", "world"), [*((place, "one process") for place in PLACES), ("judging", "dp2"), ("saving", "dp2")])
+def test_kill_at_any_point_of_an_online_step(inputs, whole_run, tmp_path, place, world):
+    whole, run_dir = whole_run("online", world), tmp_path / "run"
+    tree = options(inputs, run_dir, "online", train={"steps": 5}, save={"every": 2, "keep": 3, "export": True})
+    assert signals_of(train_until_killed_at, WORLDS[world][0], tree, 4, place)[0] == signal.SIGKILL
+    has_ledger = place in ("training", "saving")
+    assert (run_dir / "ledger" / "step_000004.parquet").exists() == has_ledger
+    assert set(resume(inputs, run_dir, "online", world)) == {""}
+    same_as(run_dir, whole)
+    assert sorted(path.name for path in (run_dir / "ledger").rglob("step_000004*")) == ["step_000004.parquet"] * (2 if has_ledger else 1)
+    assert not list((run_dir / "ledger").glob(".*"))
 
 
 @pytest.mark.parametrize("world", ["one process", "dp2"])
