@@ -63,6 +63,15 @@ class TokenPair:
 
 
 @dataclass(frozen=True)
+class LocalModel:
+    """A language model of the run that a judge asks. `logps(pairs)` has the log-probabilities of each pair's two sides after its prompt."""
+
+    tokenizer: Any
+    max_positions: int
+    logps: Callable[[list[TokenPair]], list[tuple[float, float]]]
+
+
+@dataclass(frozen=True)
 class TokenCompletion:
     """A prompt with one completion that is desirable or not: the sibling of `TokenPair` for methods that need no pairs."""
 
@@ -245,6 +254,11 @@ PairSource = Iterator[PairBatch]
 def is_per_node(function: Callable[..., Any]) -> bool:
     """Whether a reward is marked `per_node`: it loads a model, so one process of each node runs it for all of them."""
     return getattr(getattr(function, "func", function), "per_node", False)
+
+
+def asks(function: Callable[..., Any]) -> str | None:
+    """The parameter by which a judge names the model of the run that it asks, by its mark `asks`; it is called with that `LocalModel` in front."""
+    return getattr(getattr(function, "func", function), "asks", None)
 
 
 def needs(loss: Loss) -> frozenset[str]:

@@ -21,6 +21,7 @@ from megapref.convert.families import read_spec
 from megapref.convert.hf import export_hf, find_model, fingerprint, load_hf
 from megapref.data import ledger
 from megapref.data.chat import load_tokenizer
+from megapref.judge_model import local_model
 from megapref.losses.combined import is_first_only, is_of_completions, parts
 from megapref.mcore import batch_wide, checkpoint, reference, setup
 from megapref.mcore.model import build_model, dtype_of
@@ -100,7 +101,9 @@ def build(cfg: Config, resume_from: Path | None) -> Run:
 
     if is_online:
         opponent = partial(load_opponent, cfg, inputs.spec, inputs.tokenizer)
-        source, evaluate = sources.online_source(cfg, inputs.data, state, ref, inputs.tokenizer, opponent, is_first_only(inputs.losses[0]))
+        judge = partial(local_model, cfg, inputs.spec, inputs.tokenizer, state.chunks, ref)
+        first_only = is_first_only(inputs.losses[0])
+        source, evaluate = sources.online_source(cfg, inputs.data, state, ref, inputs.tokenizer, opponent, judge, first_only)
     else:
         source, evaluate = sources.offline_source(cfg, inputs.data, state, inputs.losses, prepare)
     loss_of_step = partial(sources.of_epoch, cfg, inputs.data, inputs.losses)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from megapref.batch import Completion, Loss, PackedBatch, PairBatch, Prompt, TokenCompletion, TokenPair, is_per_node
+from megapref.batch import Completion, Judgement, LocalModel, Loss, PackedBatch, PairBatch, Prompt, TokenCompletion, TokenPair, asks, is_per_node
 from megapref.config import Config, Source
 from megapref.data.mixture import Rows
 from megapref.data.offline import load_pairs, mismatched, offline_pairs, pair_options
@@ -143,6 +143,7 @@ def online_source(
     ref: Reference | None,
     tokenizer: PreTrainedTokenizerBase,
     load_opponent: Load,
+    load_judge: Callable[[str], LocalModel],
     first_only: bool,
 ) -> tuple[Iterator[PairBatch], Evaluate]:
     """Pairs of judged samples from step `state.step` on; `first_only`: the loss does not train on the second of a pair.
@@ -151,11 +152,11 @@ def online_source(
     """
     engines = _engines(cfg, data, state, ref, load_opponent)
     generate = make_generate(engines, cfg.generation, tokenizer, cfg.run.seed)
-    decide = _decide(cfg, cfg.method.ties or ("first" if cfg.judge is None else "skip"), cfg.method.soft_preference)
+    decide = partial(_decide, cfg, _score(cfg) if cfg.reward else None, _ask_judge(cfg, load_judge) if cfg.judge else None)
     source = online_pairs(
         prompt_batches(data.train, **_deal(cfg, state)),
         generate,
-        decide,
+        decide(cfg.method.ties or ("skip" if cfg.judge else "first"), cfg.method.soft_preference),
         models=models_of(cfg.method.candidates, cfg.method.num_candidates),
         pairing=cfg.method.pairing,
         by_scores=cfg.judge is None,
@@ -163,7 +164,8 @@ def online_source(
         mixture_coef=partial(_mixture_coef, cfg, data) if "mixture" in engines else None,
         counts=data.counts,
     )
-    return source, _evaluation(cfg, data, state, ref, tokenizer, engines)
+    # A tie is half a win when models are compared, whatever training does with it.
+    return source, _evaluation(cfg, data, state, ref, tokenizer, engines, decide("soft"))
 
 
 def _engines(cfg: Config, data: Data, state: TrainState, ref: Reference | None, load_opponent: Load) -> dict[str, Callable]:
@@ -193,7 +195,13 @@ def _generate_once(cfg: Config, load: Load, max_length: int, *args) -> list[list
 
 
 def _evaluation(
-    cfg: Config, data: Data, state: TrainState, ref: Reference | None, tokenizer: PreTrainedTokenizerBase, engines: dict[str, Callable]
+    cfg: Config,
+    data: Data,
+    state: TrainState,
+    ref: Reference | None,
+    tokenizer: PreTrainedTokenizerBase,
+    engines: dict[str, Callable],
+    decide: judges.Decide,
 ) -> Evaluate:
     against, temperature = cfg.evaluation.against, cfg.evaluation.temperature
     generation = cfg.generation if temperature is None else replace(cfg.generation, temperature=temperature)
@@ -214,7 +222,7 @@ def _evaluation(
         data.validation,
         policy=partial(generate, model="policy", side=0),
         opponent=opponent,
-        decide=_decide(cfg, "soft"),  # a tie is half a win when models are compared, whatever training does with it
+        decide=decide,
         kl=kl if ref else None,
         against=against,
         moves=against == "reference" and cfg.reference.sync_steps > 0,
@@ -269,15 +277,21 @@ def _deal(cfg: Config, state: TrainState) -> dict:
     }
 
 
-def _decide(cfg: Config, ties: str, soft_preference: bool = False) -> judges.Decide:
-    """What every rank calls; the functions of the config run once for each share of the pairs."""
-    weights = {name: entry.weight for name, entry in cfg.reward.items()}
-    penalty = cfg.method.missing_eos_penalty
-    by_rewards = judges.decide_by_rewards(_score(cfg), weights, penalty, ties, soft_preference=soft_preference) if cfg.reward else None
-    if cfg.judge is None:
-        return by_rewards
+def _decide(
+    cfg: Config, score: judges.Score | None, ask: Callable[..., Judgement] | None, ties: str, soft_preference: bool = False
+) -> judges.Decide:
+    """What every rank calls: by the judge where there is one, else by scores."""
+    weights, penalty = {name: entry.weight for name, entry in cfg.reward.items()}, cfg.method.missing_eos_penalty
+    by_rewards = judges.decide_by_rewards(score, weights, penalty, ties, soft_preference=soft_preference) if score else None
+    return judges.decide_by_judge(ask, by_rewards, ties) if ask else by_rewards
+
+
+def _ask_judge(cfg: Config, load_judge: Callable[[str], LocalModel]) -> Callable[..., Judgement]:
+    """The judge, asked once for each share of the pairs; one that asks a model of the run by all ranks of the model, which computes on all."""
     judge = load_plugin(cfg.judge.function, cfg.judge.params, "judge")
-    return judges.decide_by_judge(setup.once_per_model(judges.ask_judge(judge)), by_rewards, ties)
+    if param := asks(judge):
+        return setup.on_every_rank(judges.ask_judge(partial(judge, load_judge(cfg.judge.params[param]))))
+    return setup.once_per_model(judges.ask_judge(judge))
 
 
 def _score(cfg: Config) -> judges.Score:

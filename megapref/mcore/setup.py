@@ -86,6 +86,14 @@ def largest(number: int) -> int:
     return int(numbers)
 
 
+def from_last_stage(value: Any) -> Any:
+    """`value` of the last stage of the pipeline, on all of its stages."""
+    box, group = [value], parallel_state.get_pipeline_model_parallel_group()
+    if group.size() > 1:
+        dist.broadcast_object_list(box, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
+    return box[0]
+
+
 def agree(error: Exception | None) -> None:
     """Raises the first rank's error on every rank, when any rank has one; a collective of the whole world.
 

@@ -15,7 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megapref.batch import Logps, Loss, PackedBatch, PairLogps, UnpairedLogps, needs
-from megapref.mcore import cpu, device
+from megapref.mcore import cpu, device, setup
 from megapref.mcore.forward import completion_logps, forward_pack, to_device
 from megapref.mcore.optimizer import apply_gradients
 
@@ -138,14 +138,11 @@ def _means(sums: dict[str, float]) -> tuple[float, dict[str, float]]:
 
 def reduce_sums(results: list[dict[str, Tensor]]) -> dict[str, float]:
     """Sums the packs' sums over packs and data-parallel ranks; the same numbers on every rank of every pipeline stage."""
-    box: list = [None]
+    sums = None
     if results:
         names = list(results[0])
         totals = torch.stack([torch.stack([result[name].detach().double().cpu() for result in results]).sum() for name in names])
         totals = totals.to(device.current())
         dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
-        box = [dict(zip(names, totals.tolist(), strict=True))]
-    group = parallel_state.get_pipeline_model_parallel_group()
-    if group.size() > 1:
-        dist.broadcast_object_list(box, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
-    return box[0]
+        sums = dict(zip(names, totals.tolist(), strict=True))
+    return setup.from_last_stage(sums)
