@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import partial
 from itertools import chain
-from operator import or_
 from typing import TypeVar
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from megapref.batch import Completion, Judgement, LocalModel, Loss, PackedBatch, PairBatch, Prompt, TokenCompletion, TokenPair, asks, is_per_node
+from megapref import verdicts
+from megapref.batch import Completion, LocalModel, Loss, PackedBatch, PairBatch, Prompt, TokenCompletion, TokenPair
 from megapref.config import Config, Source
 from megapref.data.mixture import Rows
 from megapref.data.offline import load_pairs, mismatched, offline_pairs, pair_options
@@ -26,10 +26,9 @@ from megapref.mcore import setup
 from megapref.mcore.generation import Engine
 from megapref.mcore.reference import Reference, fill_reference
 from megapref.mcore.step import TrainState, evaluate_packs
-from megapref.online import judges
 from megapref.online.evaluation import evaluation, kl_to_reference, own_answers
+from megapref.online.judges import Decide
 from megapref.online.pairs import models_of, online_pairs
-from megapref.plugins import load_plugin
 
 # Validation prompts are sampled with the noise of this "step", the same at every evaluation and never that of a training step.
 _EVALUATION_STEP = 2**40
@@ -152,7 +151,7 @@ def online_source(
     """
     engines = _engines(cfg, data, state, ref, load_opponent)
     generate = make_generate(engines, cfg.generation, tokenizer, cfg.run.seed)
-    decide = partial(_decide, cfg, _score(cfg) if cfg.reward else None, _ask_judge(cfg, load_judge) if cfg.judge else None)
+    decide = partial(verdicts.decide, cfg, *verdicts.place(cfg, load_judge))
     source = online_pairs(
         prompt_batches(data.train, **_deal(cfg, state)),
         generate,
@@ -201,7 +200,7 @@ def _evaluation(
     ref: Reference | None,
     tokenizer: PreTrainedTokenizerBase,
     engines: dict[str, Callable],
-    decide: judges.Decide,
+    decide: Decide,
 ) -> Evaluate:
     against, temperature = cfg.evaluation.against, cfg.evaluation.temperature
     generation = cfg.generation if temperature is None else replace(cfg.generation, temperature=temperature)
@@ -275,33 +274,3 @@ def _deal(cfg: Config, state: TrainState) -> dict:
         "start_step": state.step,
         "shuffle": cfg.data.shuffle,
     }
-
-
-def _decide(
-    cfg: Config, score: judges.Score | None, ask: Callable[..., Judgement] | None, ties: str, soft_preference: bool = False
-) -> judges.Decide:
-    """What every rank calls: by the judge where there is one, else by scores."""
-    weights, penalty = {name: entry.weight for name, entry in cfg.reward.items()}, cfg.method.missing_eos_penalty
-    by_rewards = judges.decide_by_rewards(score, weights, penalty, ties, soft_preference=soft_preference) if score else None
-    return judges.decide_by_judge(ask, by_rewards, ties) if ask else by_rewards
-
-
-def _ask_judge(cfg: Config, load_judge: Callable[[str], LocalModel]) -> Callable[..., Judgement]:
-    """The judge, asked once for each share of the pairs; one that asks a model of the run by all ranks of the model, which computes on all."""
-    judge = load_plugin(cfg.judge.function, cfg.judge.params, "judge")
-    if param := asks(judge):
-        return setup.on_every_rank(judges.ask_judge(partial(judge, load_judge(cfg.judge.params[param]))))
-    return setup.once_per_model(judges.ask_judge(judge))
-
-
-def _score(cfg: Config) -> judges.Score:
-    """The values of all rewards. Those of a node's processes are asked for in one place where a reward loads a model."""
-    rewards = {name: load_plugin(entry.function, entry.params, f"reward.{name}") for name, entry in cfg.reward.items()}
-    placed = ((setup.once_per_node, True), (setup.once_per_model, False))
-    sorted_out = [(place, {name: reward for name, reward in rewards.items() if is_per_node(reward) == mark}) for place, mark in placed]
-    parts = [place(judges.ask_rewards(some)) for place, some in sorted_out if some]
-
-    def score(prompts: list[Prompt], completions: list[Completion]) -> list[judges.Values]:
-        return [reduce(or_, values) for values in zip(*(part(prompts, completions) for part in parts), strict=True)]
-
-    return score
