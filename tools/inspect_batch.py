@@ -5,6 +5,7 @@
 
 Takes the recipe and overrides that training takes, and loads no weights. Bad rows are always skipped here, so that all of them are listed.
 In packs the prompt is blue, what is trained of the chosen side green, of the rejected red; what is not trained of them stands in ‹ › and is dim.
+A loss of single completions (loss=kto) shows those: desirable ones green, undesirable ones red.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from megapref.batch import PackedBatch, Prompt, TokenPair
+from megapref.batch import PackedBatch, Prompt, TokenCompletion, TokenPair
 from megapref.config import Config, load
 from megapref.data.chat import load_tokenizer
 from megapref.data.mixture import Rows, step_rows
@@ -30,8 +31,12 @@ from megapref.data.offline import load_pairs, pair_options
 from megapref.data.packing import pack, packing_stats
 from megapref.data.prompts import load_prompts, prompt_options
 from megapref.data.rows import BadRow
+from megapref.losses.combined import is_of_completions
+from megapref.methods import load_losses
 
 SIDES = (("chosen", "green"), ("rejected", "red"))
+LABELS = (("desirable", "green"), ("undesirable", "red"))
+KINDS = {Prompt: "prompts", TokenPair: "pairs", TokenCompletion: "completions"}
 EXAMPLES = 3  # of dropped rows of each kind, and of prompts
 BARS = 10
 
@@ -63,12 +68,13 @@ def load_rows(cfg: Config, tokenizer: PreTrainedTokenizerBase, dropped: list[Bad
     pack_tokens = cfg.pack.max_tokens // _pad_multiple(cfg) * _pad_multiple(cfg)
     if cfg.method.pairs == "online":
         return load_prompts(cfg.data.train, tokenizer, **prompt_options(cfg, pack_tokens), dropped=dropped)
-    return load_pairs(cfg.data.train, tokenizer, **pair_options(cfg, pack_tokens), dropped=dropped)
+    unpaired = is_of_completions(load_losses(cfg.loss)[0])
+    return load_pairs(cfg.data.train, tokenizer, **pair_options(cfg, pack_tokens), unpaired=unpaired, dropped=dropped)
 
 
 def show_rows(console: Console, cfg: Config, rows: Rows, counts: dict[str, int], dropped: list[BadRow]) -> None:
     """Prints what the sources gave, what was left out of them and why, and how long the rows are."""
-    kind = "prompts" if cfg.method.pairs == "online" else "pairs"
+    kind = KINDS[type(rows[0])]
     table = Table("source", kind, "weight", title=f"Sources: {len(rows)} {kind}", title_justify="left", box=box.SIMPLE_HEAD)
     for source, size in zip(cfg.data.train, rows.sizes, strict=True):
         table.add_row(Text(source.path), str(size), "-" if source.weight is None else f"{source.weight:g}")
@@ -89,12 +95,16 @@ def show_rows(console: Console, cfg: Config, rows: Rows, counts: dict[str, int],
             console.print(Text(f"  {line}"))
 
 
-def lengths_of(rows: Sequence[Prompt | TokenPair]) -> dict[str, list[int]]:
-    """Tokens of the prompts, and of each side of pairs where there is one."""
+def lengths_of(rows: Sequence[Prompt | TokenPair | TokenCompletion]) -> dict[str, list[int]]:
+    """Tokens of the prompts, and of each side of pairs, or completions of each label, where there is one."""
     if isinstance(rows[0], Prompt):
         return {"prompts": [len(prompt.ids) for prompt in rows]}
+    prompts = [len(row.prompt_ids) for row in rows]
+    if isinstance(rows[0], TokenCompletion):
+        by_label = {name: [len(row.ids) for row in rows if row.desirable == good] for (name, _), good in zip(LABELS, (True, False), strict=True)}
+        return {"prompts": prompts} | {f"{name} completions": values for name, values in by_label.items() if values}
     lengths = {
-        "prompts": [len(pair.prompt_ids) for pair in rows],
+        "prompts": prompts,
         "chosen": [len(pair.first_ids) for pair in rows],
         "rejected": [len(pair.second_ids) for pair in rows if len(pair.second_ids)],
     }
@@ -123,31 +133,33 @@ def show_prompts(console: Console, prompts: list[Prompt], step: int) -> None:
 
 
 def show_packs(
-    console: Console, cfg: Config, tokenizer: PreTrainedTokenizerBase, pairs: list[TokenPair], options: argparse.Namespace
+    console: Console, cfg: Config, tokenizer: PreTrainedTokenizerBase, rows: list[TokenPair] | list[TokenCompletion], options: argparse.Namespace
 ) -> None:
     """Prints the packs of a step, as one data-parallel rank has them."""
-    packs = pack(pairs, max_tokens=cfg.pack.max_tokens, share_prompt=cfg.pack.share_prompt, pad_multiple=_pad_multiple(cfg))
-    stats = packing_stats(packs)
-    console.print(
-        f"\nStep {options.step}: pairs {len(pairs)}, packs {len(packs[0])}, efficiency {stats['pack/efficiency']:.3f}, "
-        f"{stats['pack/tokens_saved']:.1%} of the tokens saved by sharing prompts",
-        style="bold",
-    )
+    packs = pack(rows, max_tokens=cfg.pack.max_tokens, share_prompt=cfg.pack.share_prompt, pad_multiple=_pad_multiple(cfg))
+    stats, kind = packing_stats(packs), KINDS[type(rows[0])]
+    saved = f", {stats['pack/tokens_saved']:.1%} of the tokens saved by sharing prompts" if kind == "pairs" else ""
+    heading = f"\nStep {options.step}: {kind} {len(rows)}, packs {len(packs[0])}, efficiency {stats['pack/efficiency']:.3f}{saved}"
+    console.print(heading, style="bold")
     for number, batch in enumerate(packs[0][: options.packs]):
         tokens = f"{len(batch.token_ids_T)} tokens, {batch.num_padding} of them padding, {len(batch.target_ids_K)} trained"
-        console.print(f"\nPack {number}: {batch.num_rows} pairs, {tokens}", style="bold")
-        for pair, runs in groupby(runs_of(batch), key=lambda run: run.pair):
-            extras = "".join(f", {name} {values[pair]:g}" for name, values in sorted(batch.extras.items()))
-            console.print(f" pair {pair}: preference {batch.preference_P[pair]:g}{extras}", style="bold")
+        console.print(f"\nPack {number}: {batch.num_rows} {kind}, {tokens}", style="bold")
+        for row, runs in groupby(runs_of(batch), key=lambda run: run.row):
+            extras = "".join(f", {name} {values[row]:g}" for name, values in sorted(batch.extras.items()))
+            what = f"completion {row}" if batch.preference_P is None else f"pair {row}: preference {batch.preference_P[row]:g}"
+            console.print(f" {what}{extras}", style="bold")
             for run in runs:
                 _show_run(console, tokenizer, batch, run)
 
 
 @dataclass(frozen=True)
 class Run:
-    """Tokens `start` to before `end` of a pack, of one pair and kind; `side` None is the prompt, `prefix` the tokens they attend to besides."""
+    """Tokens `start` to before `end` of a pack, of one row and kind; `side` None is the prompt, `prefix` the tokens they attend to besides.
 
-    pair: int
+    A completion that is no side of a pair is side 0 if it is desirable, 1 if not.
+    """
+
+    row: int
     side: int | None
     is_trained: bool
     start: int
@@ -158,10 +170,11 @@ class Run:
 def runs_of(batch: PackedBatch) -> Iterator[Run]:
     """The runs of a pack in their order, read from what the model gets: the segments, and from where which token is predicted."""
     segments = batch.segments_S.tolist()
+    cell_K = batch.cell_K if batch.desirable_C is None else 2 * batch.cell_K + ~batch.desirable_C[batch.cell_K]
     # A side that shares its prompt is predicted from the prompt's end on, all others from the token before.
     first_of = {prefix + length - 1: start for start, _, prefix, length in segments if length}
     shared_length = {prefix: length for _, _, prefix, length in segments if length}
-    predicted = zip(batch.query_index_K.tolist(), batch.cell_K.tolist(), strict=True)
+    predicted = zip(batch.query_index_K.tolist(), cell_K.tolist(), strict=True)
     cell_of = {first_of[query] if cell % 2 and query in first_of else query + 1: cell for query, cell in predicted}
     for start, length, prefix, prefix_length in segments:
         cells = [cell_of.get(index) for index in range(start, start + length)]
@@ -181,7 +194,8 @@ def runs_of(batch: PackedBatch) -> Iterator[Run]:
 
 
 def _show_run(console: Console, tokenizer: PreTrainedTokenizerBase, batch: PackedBatch, run: Run) -> None:
-    name, style = ("prompt", "blue") if run.side is None else SIDES[run.side]
+    sides = SIDES if batch.desirable_C is None else LABELS
+    name, style = ("prompt", "blue") if run.side is None else sides[run.side]
     text = _visible(tokenizer.decode(batch.token_ids_T[run.start : run.end]))
     if run.side is not None and not run.is_trained:
         text, style = f"‹{text}›", "dim"
@@ -189,8 +203,8 @@ def _show_run(console: Console, tokenizer: PreTrainedTokenizerBase, batch: Packe
     where = f"tokens {run.start}-{run.end - 1}, positions {positions[0]}-{positions[-1]}"
     prefix = f", attends to {run.prefix[0]}-{run.prefix[1] - 1}" if run.prefix else ""
     what = "trained" if run.is_trained else "not trained"
-    console.print(Text.assemble((f"  {name:<9}", style), (f"{where}{prefix}, {what}", "dim")))
-    console.print(Padding(Text(text, style), (0, 0, 0, 11)))
+    console.print(Text.assemble((f"  {name:<12}", style), (f"{where}{prefix}, {what}", "dim")))
+    console.print(Padding(Text(text, style), (0, 0, 0, 14)))
 
 
 def _visible(text: str) -> str:

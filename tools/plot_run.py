@@ -24,6 +24,7 @@ from megapref.runlog import read_metrics
 ROLES = {"training": 0, "chosen": 0, "evaluation": 1, "rejected": 1, "opponent": 2}  # place in COLORS: the same in every panel
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito: distinct to the colour-blind
 DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1, 1, 1)))
+LOG_SCALE_FROM = 50  # times the median: the largest of positive values from which on an axis is logarithmic
 STYLE = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -68,6 +69,14 @@ PANELS = (
 )
 
 
+def validation_panels(keys: set[str]) -> list[Panel]:
+    """Loss and accuracy on every validation set that there are metrics of."""
+    names = sorted(key.removeprefix("validation-").removesuffix("_loss") for key in keys if key.startswith("validation-") and key.endswith("_loss"))
+    of_set = lambda name, metric: ((f"validation-{name}_{metric}", "evaluation"),)  # noqa: E731
+    losses = [Panel(f"Loss, {name}", of_set(name, "loss")) for name in names]
+    return losses + [Panel(f"Accuracy, {name}", of_set(name, "rewards/accuracies"), level=0.5, limits=(0.0, 1.0)) for name in names]
+
+
 def smoothed(values: np.ndarray, window: int) -> np.ndarray:
     """The mean over the last `window` values, fewer at the start; NaNs are left out of the means and stay NaN."""
     known = np.isfinite(values)
@@ -87,7 +96,7 @@ def series_of(records: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.n
 def figure_of(runs: dict[str, list[dict[str, Any]]], smooth: int = 1) -> Figure:
     """The figure of runs (label -> records of metrics.jsonl), with each of PANELS that a run has data for; ValueError where none has."""
     keys = {key for records in runs.values() for record in records for key in record}
-    panels = [panel for panel in PANELS if any(key in keys for key, _ in panel.series)]
+    panels = [panel for panel in (*PANELS, *validation_panels(keys)) if any(key in keys for key, _ in panel.series)]
     if not panels:
         raise ValueError(f"nothing to plot: the records hold none of {', '.join(key for panel in PANELS for key, _ in panel.series)}")
     num_columns = min(3, len(panels))
@@ -121,11 +130,12 @@ def draw(axes: Axes, panel: Panel, runs: dict[str, list[dict[str, Any]]], smooth
                 continue
             color = COLORS[(run_index if len(runs) > 1 else ROLES[label]) % len(COLORS)]
             dashes = DASHES[series_index] if len(runs) > 1 else "-"
-            window = 1 if key.startswith("eval/") else smooth
+            measured = key.startswith(("eval/", "validation-"))  # now and then: each value by itself, marked
+            window = 1 if measured else smooth
             if window > 1:
                 axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.25)
             (line,) = axes.plot(steps, smoothed(values, window), color=color, linewidth=1.8, linestyle=dashes)
-            if key.startswith("eval/"):
+            if measured:
                 line.set(marker="o", markersize=3.5)
             legend_color = color if len(runs) == 1 else "#444444"
             handles.setdefault(label, Line2D([], [], color=legend_color, linestyle=dashes, marker=line.get_marker(), markersize=3.5))
@@ -134,7 +144,12 @@ def draw(axes: Axes, panel: Panel, runs: dict[str, list[dict[str, Any]]], smooth
     if panel.limits:
         axes.set_ylim(*panel.limits)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, steps=[1, 2, 5, 10]))
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10]))
+    drawn = np.concatenate([series_of(records, key)[1] for records in runs.values() for key, _ in panel.series])
+    drawn = drawn[np.isfinite(drawn)]
+    if len(drawn) and drawn.min() > 0 and drawn.max() > LOG_SCALE_FROM * np.median(drawn):
+        axes.set_yscale("log")
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10]))
     if len(handles) > 1:
         axes.legend(handles.values(), handles.keys(), handlelength=1.8, loc="best")
 

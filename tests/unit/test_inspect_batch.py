@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizers import save_tokenizer
 
-from megapref.batch import TokenPair
+from megapref.batch import TokenCompletion, TokenPair
 from megapref.data.packing import pack
 
 spec = importlib.util.spec_from_file_location("inspect_batch", Path(__file__).resolve().parents[2] / "tools" / "inspect_batch.py")
@@ -22,7 +22,7 @@ PAIRS = [TokenPair([1, 2, 3], [4, 5], [6, 7, 8], 0.25), TokenPair([9], [10]), To
 
 
 def runs(batch):
-    return [(run.pair, run.side, run.is_trained, batch.token_ids_T[run.start : run.end].tolist(), run.prefix) for run in inspect_batch.runs_of(batch)]
+    return [(run.row, run.side, run.is_trained, batch.token_ids_T[run.start : run.end].tolist(), run.prefix) for run in inspect_batch.runs_of(batch)]
 
 
 def test_runs_with_a_shared_prompt():
@@ -60,6 +60,16 @@ def test_what_is_not_trained_of_a_completion_is_a_run_of_its_own():
         (1, True, [6]),
         (1, False, [7]),
         (1, True, [8]),
+    ]
+
+
+def test_runs_of_single_completions():
+    [[batch]] = pack([TokenCompletion([1, 2], [3, 4], True), TokenCompletion([5], [6, 7], False, mask=[False, True])], max_tokens=64)
+    assert [run[:4] for run in runs(batch)] == [
+        (0, None, False, [1, 2]),
+        (0, 0, True, [3, 4]),
+        (1, None, False, [5, 6]),  # what comes before the first trained token is not told from the prompt
+        (1, 1, True, [7]),
     ]
 
 
@@ -109,6 +119,16 @@ def test_pairs_are_shown_as_the_model_gets_them(folder, capsys):
         assert reason in output.out
     assert "Training stops at such a row: data.on_bad_row=error, data.ties=error." in output.out
     for line in ("Step 0: pairs 2, packs 1", " pair 1: preference 1, score_first 2, score_second 1", " sat⏎on it<|im_end|>", "attends to 0-"):
+        assert line in output.out
+
+
+def test_completions_of_a_loss_without_pairs(folder, capsys):
+    rows = [{"prompt": "the cat", "completion": " sat on it", "label": True}, {"prompt": "a dog", "completion": " ran", "label": False}]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": "p", "completion": "c", "label": 2}]))
+    status, output = shown(capsys, "loss.function=losses:kto")
+    assert status == 0 and "Sources: 2 completions" in output.out and "row 3: label: " in output.out
+    lines = ("Tokens of desirable completions", "Tokens of undesirable completions", "Step 0: completions 2", " completion 1", "undesirable tokens")
+    for line in (*lines, " sat on it<|im_end|>"):
         assert line in output.out
 
 

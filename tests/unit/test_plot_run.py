@@ -54,6 +54,19 @@ def test_runs_are_overlaid_with_a_colour_and_a_label_each():
     assert len({line.get_color() for line in figure.axes[0].lines}) == 3
 
 
+def test_validation_sets_have_panels_of_their_own_with_every_value_marked():
+    records = [{"step": step, "validation-a_b_loss": 1.0, "validation-c_loss": 2.0, "validation-c_rewards/accuracies": 0.1 * step} for step in (0, 5)]
+    figure = plot_run.figure_of({"run": records}, smooth=5)
+    assert titles(figure) == ["Loss, a_b", "Loss, c", "Accuracy, c"]
+    (curve,) = [line for line in figure.axes[2].lines if line.get_marker() == "o"]
+    np.testing.assert_allclose(curve.get_xydata(), [[0, 0.0], [5, 0.5]])
+
+
+def test_an_axis_is_logarithmic_where_outliers_would_flatten_it():
+    calm, wild = ([{"step": step, "loss": 900.0 if step == last else 1.0} for step in range(9)] for last in (99, 8))
+    assert [plot_run.figure_of({"run": records}).axes[0].get_yscale() for records in (calm, wild)] == ["linear", "log"]
+
+
 def test_null_is_a_gap():
     figure = plot_run.figure_of({"run": [{"step": 1, "loss": 1.0}, {"step": 2, "loss": None}, {"step": 3, "loss": 3.0}]}, smooth=2)
     smooth_line = figure.axes[0].lines[-1]

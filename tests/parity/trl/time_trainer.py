@@ -123,7 +123,7 @@ def time_megapref(options: argparse.Namespace) -> tuple[Meter, list]:
         meters[0].stop()
         return metrics
 
-    wrapped, one_step = build.wrap_for_training, train._step
+    wrapped, one_step = build.wrap_for_training, train.step
     reference = {"reference.mode": "resident"}
     if options.reference == "precomputed":
         reference = {"reference.mode": "cached", "reference.cache": options.folder / "reference_cache"}
@@ -141,7 +141,7 @@ def time_megapref(options: argparse.Namespace) -> tuple[Meter, list]:
             "save.export": "false",
         } | reference
         cfg = load("dpo", [*(f"{key}={value}" for key, value in given.items()), "~data.validation"], None, world_size=1)
-        with patch.object(build, "wrap_for_training", wrap_for_training), patch.object(train, "_step", step):
+        with patch.object(build, "wrap_for_training", wrap_for_training), patch.object(train, "step", step):
             train.main(cfg)
         logged = [json.loads(line) for line in Path(output, "run", "metrics.jsonl").read_text().splitlines()]
     return meters[0], [(record["loss"], record["grad_norm"]) for record in logged]
