@@ -22,7 +22,7 @@ def make_pairs(seed=0, lengths=LENGTHS, preference=PREFERENCE, scale=3.0, dtype=
     score = torch.tensor(SCORES * (count // len(SCORES) + 1))[:count].to(dtype)
     extras = {"score_first": score[:, 0], "score_second": score[:, 1], "mean_log_ratio": torch.full((count,), DELTA / B, dtype=dtype)}
     gathered = {name: torch.linspace(-1, 1, count, dtype=dtype) for name in ("aot_reference_gap", "aot_rejected_ratio", "aot_chosen_ratio")}
-    of_token = {"entropy": 1 + policy.abs()}
+    of_token = {"entropy": 1 + policy.abs(), "log_sum_sq": policy.sin().abs() - 2}
     return PairLogps(policy, ref, cells, torch.tensor(preference, dtype=dtype), extras | gathered, of_token)
 
 

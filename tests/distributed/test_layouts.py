@@ -67,3 +67,11 @@ def test_uneven_pairs(runs, layout):
     assert [record["judge/abstained"] for record in metrics[1:]] == [2, 3, 0]
     assert [record["skipped"] for record in metrics[1:]] == [0, 1, 0]
     assert metrics[2]["loss"] is None
+
+
+def test_what_a_run_on_pairs_from_files_logs(runs):
+    metrics, _ = runs("offline", "one process")
+    keys = "loss grad_norm lr rewards/chosen rewards/rejected rewards/accuracies rewards/margins logps/chosen logps/rejected num_pairs skipped"
+    keys += " logps/ref_chosen logps/ref_rejected perf/tokens_per_s perf/pairs_per_s pack/efficiency pack/balance time/score_reference time/train"
+    assert [set(keys.split()) - record.keys() for record in metrics[1:]] == [set()] * 3
+    assert {f"data/{kind}_rows" for kind in ("dropped", "filtered", "truncated", "tied")} <= metrics[1].keys()

@@ -64,12 +64,16 @@ def make_inputs(options: argparse.Namespace) -> None:
     torch.manual_seed(0)
     options.folder.mkdir(parents=True, exist_ok=True)
     make_model(options.folder / "model", 6, 256)
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(8192)}, unk_token="w0"))
+    special = ["<unknown>", "<pad>", "<end>"]
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*special, *(f"w{i}" for i in range(3, 8192))])}, unk_token=special[0]))
     words.pre_tokenizer, words.decoder = pre_tokenizers.WhitespaceSplit(), decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2", pad_token="w1").save_pretrained(options.folder / "model")
+    # In a folder of its own: in one of a qwen2 model transformers splits words as Qwen2 does, whatever the tokenizer says.
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token=special[1], eos_token=special[2])
+    tokenizer.save_pretrained(options.folder / "tokenizer")
     pairs = synthetic_pairs(options.pairs, 8192, 0)
     spoken = lambda ids: "".join(f" w{i}" for i in ids)  # noqa: E731
     texts = [{"prompt": spoken(p.prompt_ids), "chosen": spoken(p.first_ids), "rejected": spoken(p.second_ids)} for p in pairs]
+    assert all(tokenizer(text["prompt"])["input_ids"] == list(pair.prompt_ids) for text, pair in zip(texts, pairs, strict=True))
     (options.folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
     # A completion is trained with the end of text behind it.
     rows = [{"prompt_ids": p.prompt_ids, "chosen_ids": [*p.first_ids, 2], "rejected_ids": [*p.second_ids, 2]} for p in pairs]
@@ -131,6 +135,7 @@ def time_megapref(options: argparse.Namespace) -> tuple[Meter, list]:
         given = {
             "run.dir": f"{output}/run",
             "model.path": options.folder / "model",
+            "model.tokenizer": options.folder / "tokenizer",
             "data.train": f"[{{path: {options.folder / 'rows.jsonl'}}}]",
             "data.shuffle": "false",
             "train.steps": options.warmup + options.steps,
