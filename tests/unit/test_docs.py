@@ -59,6 +59,11 @@ def test_tree_has_every_file_with_a_comment_and_no_other():
     assert [path for path in paths if path not in listed and not path.startswith(stops)] == [], "the README's tree lacks these files"
 
 
+def test_no_two_test_files_have_one_name():
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names), "pytest imports them by name: it would collect neither"
+
+
 def test_every_recipe_is_in_the_table():
     rows = {row[0].strip("`") for row in first_cells(section(README.read_text(), "Recipes"))}
     assert rows == set(compose.recipes([compose.RECIPES]))
