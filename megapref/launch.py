@@ -138,7 +138,7 @@ def _agree_through_mpi(process: Process) -> Process:
     try:
         import mpi4py
     except ImportError:
-        raise ValueError("mpirun needs the mpi4py package, built for the MPI that mpirun is from; pip install 'megapref[mpi]'") from None
+        raise ValueError("mpirun needs the mpi4py package, built for the MPI that mpirun is from; pip install mpi4py") from None
     mpi4py.rc.initialize = mpi4py.rc.finalize = False  # a process that dies would wait for the others in MPI's end
     from mpi4py import MPI
 

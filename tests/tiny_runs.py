@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import yaml
 from tiny_models import make_checkpoint
 from tiny_tokenizers import save_tokenizer
 
@@ -75,6 +77,20 @@ def patient_dpo(pairs, *, beta: float, run_dir: str, step: int):
     return losses.dpo(pairs, beta=beta)
 
 
+def plain_dpo(pairs, *, beta: float):
+    from megapref import losses
+
+    return losses.dpo(pairs, beta=beta)
+
+
+def fails_on_rank_1(pairs, *, beta: float):
+    from megapref import losses
+
+    if os.environ["RANK"] == "1":
+        raise RuntimeError("rank 1 has had enough")
+    return losses.dpo(pairs, beta=beta)
+
+
 def run_training(tree: dict[str, dict]) -> str:
     """Runs `megapref.train.main`, in a worker; returns the message of its ValueError, or an empty string."""
     from megapref.config import Config
@@ -89,6 +105,20 @@ def run_training(tree: dict[str, dict]) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def write_recipe(folder: Path, tree: dict[str, dict]) -> list[str]:
+    """The arguments for a launcher that make it run a config, which becomes a recipe in `folder`."""
+    folder.mkdir(exist_ok=True)
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(tree))
+    return ["--config-name=tiny", f"--config-dir={folder}"]
+
+
+def numbers(run_dir: Path) -> list[dict]:
+    """What every step measured, less its times and what is told once at a start; nothing where no step has been made."""
+    once = ("time/", "perf/", "data/")
+    records = metrics_of(run_dir) if (run_dir / "metrics.jsonl").exists() else []
+    return [{key: value for key, value in record.items() if not key.startswith(once)} for record in records]
 
 
 def metrics_of(run_dir: Path) -> list[dict]:

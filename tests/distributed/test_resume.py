@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from distributed_run import run_distributed, signals_of
-from tiny_runs import make_inputs, metrics_of, options, run_training, write_rows
+from tiny_runs import make_inputs, metrics_of, numbers, options, run_training, write_rows
 
 WORLDS = {"one process": (1, {}), "dp2": (2, {}), "tp2": (2, {"tensor": 2})}
 
@@ -49,12 +49,6 @@ def what_is_told(tree: dict) -> str:
     with contextlib.redirect_stderr(io.StringIO()) as told:
         assert run_training(tree) == ""
     return told.getvalue()
-
-
-def numbers(run_dir: Path) -> list[dict]:
-    """What every step measured, less its times and what is told once at a start."""
-    once = ("time/", "perf/", "data/")
-    return [{key: value for key, value in record.items() if not key.startswith(once)} for record in metrics_of(run_dir)]
 
 
 def same_as(run_dir: Path, whole: Path) -> None:

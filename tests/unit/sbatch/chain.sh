@@ -40,7 +40,7 @@ elif [ -e "$run_dir/stopped.json" ]; then
   cat "$run_dir/stopped.json"
 else
   echo "exit code $code; the ends of the logs that tell of an error:"
-  grep -lE '^(Traceback|megapref cannot run)' "$LOGS"/rank-*.log | head -n 4 | while read -r log; do
+  grep -lE 'Traceback|megapref cannot run' "$LOGS"/rank-*.log | head -n 4 | while read -r log; do
     echo "== $log"
     tail -n 25 "$log"
   done
