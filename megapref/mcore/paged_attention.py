@@ -72,10 +72,12 @@ def flash_attn_with_kvcache(
     # A slot without tokens (length 0) sees everything: its output is thrown away, but must be finite.
     limit = lengths[:, None] - num_q + torch.arange(num_q)
     mask = (position <= limit[..., None]) | (lengths == 0)[:, None, None]
-    # The query heads of one KV head become query rows: one pass over each KV head's cache.
+    # The query heads of one KV head become query rows: one pass over each KV head's cache, which is read in place.
     scale = width**-0.5 if softmax_scale is None else softmax_scale
-    rows = q.view(requests, num_q, groups, heads // groups, width).permute(0, 2, 1, 3, 4).flatten(2, 3)
-    mask_rows = mask.repeat_interleave(heads // groups, dim=1)[:, None]
-    scores = torch.matmul(rows, keys.permute(0, 2, 3, 1)).mul_(scale).masked_fill_(~mask_rows, float("-inf"))
-    attended = torch.matmul(scores.softmax(-1), values.transpose(1, 2))
-    return attended.view(requests, groups, num_q, heads // groups, width).permute(0, 2, 1, 3, 4).reshape(q.shape)
+    rows = q.view(requests, num_q, groups, heads // groups, width).permute(2, 0, 1, 3, 4).flatten(2, 3)
+    dead = ~mask.repeat_interleave(heads // groups, dim=1)
+    out = torch.empty_like(rows)
+    for group in range(groups):
+        scores = torch.bmm(rows[group], keys[:, :, group].transpose(1, 2)).mul_(scale).masked_fill_(dead, float("-inf"))
+        torch.bmm(scores.softmax(-1), values[:, :, group], out=out[group])
+    return out.view(groups, requests, num_q, heads // groups, width).permute(1, 2, 0, 3, 4).reshape(q.shape)
