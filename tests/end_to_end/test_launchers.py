@@ -1,5 +1,6 @@
 """The same run under mpirun and under two torchrun agents, one of which is killed and started again: bit for bit what two processes do alone."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -8,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from distributed_run import run_distributed
 from tiny_runs import make_inputs, numbers, options, run_training, write_recipe
@@ -62,10 +64,11 @@ def test_two_agents_one_killed_finish_after_its_restart(inputs, whole, tmp_path)
         with (tmp_path / f"{name}.log").open("w") as log:
             return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT | ELASTIC, stdout=log, stderr=log, start_new_session=True)
 
-    agents = [agent(True, "first"), agent(False, "second")]
+    agents, left_behind = [agent(True, "first"), agent(False, "second")], []
     try:
         wait_for(lambda: len(numbers(run_dir)) == 3, agents, tmp_path)  # steps 0 to 2: both wait in the third
-        os.killpg(agents[1].pid, signal.SIGKILL)  # the agent and its process, as when a machine fails
+        left_behind = psutil.Process(agents[1].pid).children(recursive=True)
+        os.killpg(agents[1].pid, signal.SIGKILL)  # the agent alone: its process is in a session of its own
         agents[1].wait()
         agents[1] = agent(False, "again")
         assert [process.wait(400) for process in agents] == [0, 0], logs(tmp_path)
@@ -74,6 +77,9 @@ def test_two_agents_one_killed_finish_after_its_restart(inputs, whole, tmp_path)
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+        for process in left_behind:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
     assert (run_dir / "environment.resume-1.json").exists()
     assert numbers(run_dir) == whole
 
