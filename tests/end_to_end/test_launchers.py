@@ -1,8 +1,6 @@
 """The same run under mpirun and under two torchrun agents, one of which is killed and started again: bit for bit what two processes do alone."""
 
-import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -62,26 +60,28 @@ def test_two_agents_one_killed_finish_after_its_restart(inputs, whole, tmp_path)
         meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=one", f"--rdzv-conf={conf}"]
         command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=3", *meeting, TRAIN, *recipe]
         with (tmp_path / f"{name}.log").open("w") as log:
-            return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT | ELASTIC, stdout=log, stderr=log, start_new_session=True)
+            return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT | ELASTIC, stdout=log, stderr=log)
 
-    agents, left_behind = [agent(True, "first"), agent(False, "second")], []
+    agents = [agent(True, "first"), agent(False, "second")]
     try:
         wait_for(lambda: len(numbers(run_dir)) == 3, agents, tmp_path)  # steps 0 to 2: both wait in the third
-        left_behind = psutil.Process(agents[1].pid).children(recursive=True)
-        os.killpg(agents[1].pid, signal.SIGKILL)  # the agent alone: its process is in a session of its own
-        agents[1].wait()
+        kill(agents[1])  # with its process, as when a machine fails
+        (run_dir / "waited").touch()  # the killed one can't say that it has waited
         agents[1] = agent(False, "again")
         assert [process.wait(400) for process in agents] == [0, 0], logs(tmp_path)
     finally:
         for process in agents:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        for process in left_behind:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+                kill(process)
     assert (run_dir / "environment.resume-1.json").exists()
     assert numbers(run_dir) == whole
+
+
+def kill(agent: subprocess.Popen) -> None:
+    """Kills an agent and what it has started; torchrun gives each process a session of its own."""
+    for process in [*psutil.Process(agent.pid).children(recursive=True), psutil.Process(agent.pid)]:
+        process.kill()
+    agent.wait()
 
 
 def wait_for(is_so, processes: list[subprocess.Popen], folder: Path) -> None:
