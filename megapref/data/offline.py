@@ -142,9 +142,11 @@ def _completion(pair: TokenPair) -> TokenCompletion:
 def mismatched(completions: Sequence[TokenCompletion], limit: int) -> list[TokenCompletion]:
     """Each prompt of a step with the completion of the next row that has another prompt, or of the next row where all have the same.
 
-    Its end is cut where the two are over `limit` tokens. A pure function of the step's rows, so every rank makes the same.
+    Its end is cut where the two are over `limit` tokens. A pure function of the step's rows, so every rank makes the same. ValueError for one alone.
     """
     size = len(completions)
+    if size < 2:
+        raise ValueError("a loss with a baseline from other prompts (losses:kto) needs two completions, also of a validation set; there is one")
     prompts = [tuple(row.prompt_ids) for row in completions]
     others = []
     for i, row in enumerate(completions):

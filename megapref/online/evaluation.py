@@ -37,13 +37,14 @@ def evaluation(
     """
     names = [name for name, prompts in sets.items() for _ in prompts]
     prompts = list(chain(*sets.values()))
-    mine, baseline = prompts[rank::num_ranks], []
+    mine, baseline = prompts[rank::num_ranks], None
 
     def evaluate() -> tuple[dict[str, float], Rows]:
         if not prompts:
             return {}, []
-        if moves or not baseline:
-            baseline[:] = opponent(mine)
+        nonlocal baseline
+        if moves or baseline is None:  # also where this rank has no prompts: asking an opponent may be a collective of all ranks
+            baseline = opponent(mine)
         samples = policy(mine)
         verdicts = decide(mine, samples, baseline)
         judged = zip(mine, samples, baseline, verdicts.first_scores, verdicts.second_scores, verdicts.preferences, verdicts.texts, strict=True)

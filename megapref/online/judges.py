@@ -81,6 +81,7 @@ def decide_by_rewards(score: Score, weights: dict[str, float], missing_eos_penal
 
     With `soft_preference` the preference is the sigmoid of the difference of scores instead (Bradley and Terry), ties or not.
     """
+
     def compare(a: float | None, b: float | None) -> float | None:
         if a is None or b is None:
             return None

@@ -144,3 +144,5 @@ def test_mismatched_completions():
     assert [(row.ids, row.mask) for row in mismatched(rows, 2)] == [([2], [True]), ([2], [True]), ([1], [True]), ([2], [True])]
     same = [TokenCompletion([1], [i], True) for i in range(3)]
     assert [row.ids for row in mismatched(same, 9)] == [[1], [2], [0]]
+    with pytest.raises(ValueError, match="needs two completions"):
+        mismatched(same[:1], 9)

@@ -16,12 +16,12 @@ def some_pairs(vocab: int = 131, seed: int = 3) -> list[TokenPair]:
     return [TokenPair(draw(p), draw(a), draw(b), preference=1.0 if i % 2 else 0.25) for i, (p, a, b) in enumerate(LENGTHS)]
 
 
-def transformers_dpo(folder, beta: float, scale: float = 0.3):
-    """Sums of completion log-probabilities [P, 2], the DPO loss against a reference of zeros, and its gradients by name."""
+def transformers_dpo(folder, beta: float, entropy: float = 0.0):
+    """Sums of completion log-probabilities [P, 2], the DPO loss against a reference of zeros less the weighted `entropy`, its gradients by name."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    rows = []
+    rows, bonus = [], 0.0
     for pair in some_pairs():
         sides = []
         for completion in (pair.first_ids, pair.second_ids):
@@ -29,17 +29,19 @@ def transformers_dpo(folder, beta: float, scale: float = 0.3):
             logps = model(ids).logits[0].log_softmax(-1)
             start = len(pair.prompt_ids) - 1
             sides.append(logps[start:-1].gather(1, ids[0, start + 1 :, None]).sum())
+            bonus = bonus - 0.5 * (logps[start:-1].exp() * logps[start:-1]).sum() / len(LENGTHS)
         rows.append(torch.stack(sides))
     logps_P2 = torch.stack(rows)
     preference = torch.tensor([pair.preference for pair in some_pairs()])
     margin = beta * (logps_P2[:, 0] - logps_P2[:, 1])
     loss = -(preference * torch.nn.functional.logsigmoid(margin) + (1 - preference) * torch.nn.functional.logsigmoid(-margin)).mean()
+    loss = loss - entropy * bonus
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     return logps_P2.detach(), loss.item(), gradients
 
 
-def packed_dpo(folder: str, beta: float, layout: dict, share_prompt: bool, keep_logits: bool, max_tokens: int):
+def packed_dpo(folder: str, beta: float, entropy: float, layout: dict, share_prompt: bool, keep_logits: bool, max_tokens: int):
     """The same through packs in a layout: sums of completions, sorted, where the last stage is; loss, norm of the gradient, number of packs;
     on one process the gradients by transformers' names."""
     from functools import partial
@@ -69,7 +71,9 @@ def packed_dpo(folder: str, beta: float, layout: dict, share_prompt: bool, keep_
     sums = [torch.zeros(2 * batch.num_rows).index_add(0, batch.cell_K, logps) for logps, batch in scored if logps is not None]
     state = TrainState(chunks, build_optimizer(chunks, Optimizer(lr=0.0, clip_grad=1e9), Precision()))
     with patch.object(forward, "KEPT_LOGITS_BYTES", forward.KEPT_LOGITS_BYTES if keep_logits else 0):
-        metrics = train_step(state, mine, partial(losses.dpo, beta=beta), lr=0.0)
+        dpo = partial(losses.dpo, beta=beta)
+        with_entropy = partial(losses.combine, losses=[(dpo, 1.0)], entropy_regularization=entropy, entropy_mode="full_vocab")
+        metrics = train_step(state, mine, with_entropy if entropy else dpo, lr=0.0)
     gradients = {}
     for core_name, layer, parameter in named_weights(chunks) if torch.distributed.get_world_size() == 1 else ():
         kind, names = spec.weights[core_name]
@@ -90,15 +94,16 @@ LAYOUTS = [
 @pytest.fixture(scope="module", params=["qwen2", "llama_tied"])
 def checkpoint(request, tmp_path_factory):
     folder = make_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
-    return str(folder), transformers_dpo(folder, beta=0.1)
+    return str(folder), {entropy: transformers_dpo(folder, 0.1, entropy) for entropy in (0.0, 0.05)}
 
 
+@pytest.mark.parametrize("entropy", [0.0, 0.05])
 @pytest.mark.parametrize(("share_prompt", "keep_logits"), [(True, True), (False, False)])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_packed_step_equals_transformers(checkpoint, layout, share_prompt, keep_logits):
-    folder, (logps_P2, loss, gradients) = checkpoint
+def test_packed_step_equals_transformers(checkpoint, layout, share_prompt, keep_logits, entropy):
+    folder, (logps_P2, loss, gradients) = checkpoint[0], checkpoint[1][entropy]
     world = layout.get("tensor", 1) * layout.get("pipeline", 1)
-    for result in run_distributed(packed_dpo, world, folder, 0.1, layout, share_prompt, keep_logits, 180):
+    for result in run_distributed(packed_dpo, world, folder, 0.1, entropy, layout, share_prompt, keep_logits, 180):
         sums, packed_loss, grad_norm, num_packs, packed_gradients = result
         assert num_packs > 1
         assert packed_loss == pytest.approx(loss, rel=1e-5)
@@ -112,8 +117,8 @@ def test_packed_step_equals_transformers(checkpoint, layout, share_prompt, keep_
 
 
 def test_data_parallel_equals_one_process_whatever_the_packing(checkpoint):
-    folder, (_, loss, _) = checkpoint
+    folder, (_, loss, _) = checkpoint[0], checkpoint[1][0.0]
     for world, max_tokens in ((1, 1000), (2, 180), (4, 1000)):  # the last: six pairs on four ranks
-        results = run_distributed(packed_dpo, world, folder, 0.1, {}, True, True, max_tokens)
+        results = run_distributed(packed_dpo, world, folder, 0.1, 0.0, {}, True, True, max_tokens)
         assert len({(r[1], r[2]) for r in results}) == 1
         assert results[0][1] == pytest.approx(loss, rel=1e-5)

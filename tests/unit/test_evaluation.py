@@ -57,6 +57,13 @@ def test_an_opponent_that_does_not_move_is_asked_once(moves, times):
     assert asked == [5] * times
 
 
+def test_a_rank_without_prompts_asks_as_often_as_the_others():
+    whole = []
+    players(gather=lambda value: whole.append(value) or [value])[0]()
+    evaluate, asked = players(5, 6, gather=lambda value: [[one] for one in whole[0]] + [value])
+    assert evaluate() == evaluate() and asked == [0]
+
+
 def test_without_reference_or_prompts():
     assert "eval/kl" not in players(kl=None)[0]()[0]
     assert evaluation({}, **dict.fromkeys(("policy", "opponent", "decide", "kl", "against", "moves", "gather")), rank=0, num_ranks=1)() == ({}, [])
