@@ -53,7 +53,7 @@ KillWait=20
 OverTimeLimit=1
 RebootProgram=/bin/true
 SlurmdParameters=config_overrides
-PropagateResourceLimits=NONE
+PropagateResourceLimits=CORE
 {nodes}
 PartitionName=low Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=20
 PartitionName=high Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
