@@ -31,8 +31,10 @@ CONFIGS = {
     "mistral": dict(
         model_type="mistral", sliding_window=None, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}, **SHAPE
     ),
+    "mistral_window": dict(model_type="mistral", sliding_window=20, head_dim=16, **SHAPE),
     "qwen2": dict(model_type="qwen2", rope_parameters={"rope_type": "default", "rope_theta": 1e6}, **SHAPE),
     "qwen2_tied": dict(model_type="qwen2", tie_word_embeddings=True, **SHAPE),
+    "qwen2_window": dict(model_type="qwen2", use_sliding_window=True, sliding_window=33, max_window_layers=1, **SHAPE),
     "qwen3": dict(model_type="qwen3", head_dim=16, tie_word_embeddings=True, **SHAPE),
 }
 

@@ -1,4 +1,4 @@
-"""The model families there are, one table entry each: Hugging Face config.json to Core's arguments, and tensor names to parameter names.
+"""Hugging Face config.json to a ModelSpec, by the table of families.
 
 Every field of config.json is mapped, or harmless, or must have the value that `transformers` takes when it is absent: a field that would change
 the computation in a way this code does not know is a ValueError, never dropped.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 from copy import deepcopy
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,44 +16,9 @@ import torch
 import torch.nn.functional as F
 
 from megapref.batch import ModelSpec
+from megapref.convert.table import FAMILIES
 
-Weights = dict[str, tuple[str, tuple[str, ...]]]
-
-_LAYER, _HF_LAYER = "decoder.layers.{layer}.", "model.layers.{layer}."
-_EMBEDDING = ("vocab", ("model.embed_tokens.weight",))
-_DECODER: Weights = {
-    "embedding.word_embeddings.weight": _EMBEDDING,
-    _LAYER + "input_layernorm.weight": ("replicated", (_HF_LAYER + "input_layernorm.weight",)),
-    _LAYER + "self_attention.linear_qkv.weight": ("qkv", tuple(f"{_HF_LAYER}self_attn.{x}_proj.weight" for x in "qkv")),
-    _LAYER + "self_attention.linear_proj.weight": ("row", (_HF_LAYER + "self_attn.o_proj.weight",)),
-    _LAYER + "pre_mlp_layernorm.weight": ("replicated", (_HF_LAYER + "post_attention_layernorm.weight",)),
-    _LAYER + "mlp.linear_fc1.weight": ("gated", (_HF_LAYER + "mlp.gate_proj.weight", _HF_LAYER + "mlp.up_proj.weight")),
-    _LAYER + "mlp.linear_fc2.weight": ("row", (_HF_LAYER + "mlp.down_proj.weight",)),
-    "decoder.final_layernorm.weight": ("replicated", ("model.norm.weight",)),
-    "output_layer.weight": ("vocab", ("lm_head.weight",)),
-}
-_QKV_BIAS: Weights = {_LAYER + "self_attention.linear_qkv.bias": ("qkv", tuple(f"{_HF_LAYER}self_attn.{x}_proj.bias" for x in "qkv"))}
-_QK_NORM: Weights = {
-    f"{_LAYER}self_attention.{x}_layernorm.weight": ("replicated", (f"{_HF_LAYER}self_attn.{x}_norm.weight",)) for x in "qk"
-}
-
-
-@dataclass(frozen=True)
-class Family:
-    """What tells a family from the plain decoder: RMS norm, rotary positions, grouped queries, gated SiLU MLP, no biases."""
-
-    architecture: str
-    options: dict[str, Any] = field(default_factory=dict)  # of Core's TransformerConfig
-    weights: Weights = field(default_factory=dict)
-
-
-FAMILIES = {
-    "llama": Family("LlamaForCausalLM"),
-    "mistral": Family("MistralForCausalLM"),
-    "qwen2": Family("Qwen2ForCausalLM", {"add_qkv_bias": True}, _QKV_BIAS),
-    "qwen3": Family("Qwen3ForCausalLM", {"qk_layernorm": True}, _QK_NORM),
-}
-
+# What is read of every family that has it.
 _MAPPED = frozenset(
     [
         "vocab_size",
@@ -68,6 +32,8 @@ _MAPPED = frozenset(
         "rms_norm_eps",
         "rope_parameters",
         "tie_word_embeddings",
+        "sliding_window",
+        "layer_types",
     ]
 )
 # Names, token ids, training recipes, outputs, classification heads; the last two say what sliding_window and layer_types say.
@@ -126,7 +92,8 @@ def to_spec(config: dict[str, Any]) -> ModelSpec:
     if family.architecture not in architectures:
         raise _unsupported("architectures", architectures, f"[{family.architecture!r}]")
     values = _complete(config)
-    heads, groups = values["num_attention_heads"], values["num_key_value_heads"]
+    heads = values["num_attention_heads"]
+    groups = values.get("num_key_value_heads") or heads
     if heads % groups:
         raise ValueError(f"num_key_value_heads={groups} does not divide num_attention_heads={heads}")
     width = values.get("head_dim") or values["hidden_size"] // heads
@@ -145,15 +112,28 @@ def to_spec(config: dict[str, Any]) -> ModelSpec:
             "gated_linear_unit": True,
             "activation_func": F.silu,
             "add_bias_linear": False,
+            **_window(values),
             **family.options,
+            **{option: setting for name, of_value in family.fields.items() for option, setting in of_value(values[name]).items()},
         },
         vocab_size=values["vocab_size"],
         max_positions=values["max_position_embeddings"],
         rotary_frequencies=rotary_frequencies(values["rope_parameters"], width),
         tied=tied,
         dtype=values["dtype"] or "float32",
-        weights={**_DECODER, **family.weights, **({"output_layer.weight": _EMBEDDING} if tied else {})},
+        weights={**family.weights, **({"output_layer.weight": family.weights["embedding.word_embeddings.weight"]} if tied else {})},
     )
+
+
+def _window(values: dict[str, Any]) -> dict[str, Any]:
+    """Core's options of the layers that see the last `sliding_window` tokens only; none where that is as many as there are positions."""
+    window, kinds = values.get("sliding_window"), values.get("layer_types") or ["sliding_attention"] * values["num_hidden_layers"]
+    if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
+        raise _unsupported("layer_types", sorted(unknown), "full_attention, sliding_attention")
+    is_local = [kind == "sliding_attention" for kind in kinds]
+    if window is None or window >= values["max_position_embeddings"] or not any(is_local):
+        return {}
+    return {"window_size": (window - 1, 0), "window_attn_skip_freq": [int(local) for local in is_local]}
 
 
 def rotary_frequencies(rope: dict[str, Any], width: int) -> tuple[float, ...]:
@@ -188,13 +168,9 @@ def _complete(config: dict[str, Any]) -> dict[str, Any]:
     except (StrictDataclassError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"not a valid {config['model_type']} configuration: {error}") from error
     defaults = cls().to_dict()
-    window = values.pop("sliding_window", None)
-    if any(kind != "full_attention" for kind in values.pop("layer_types", None) or ()):
-        raise _unsupported("layer_types with sliding_window", window, "full attention in every layer (sliding_window: null)")
-    if "layer_types" not in defaults and window is not None and window < values["max_position_embeddings"]:
-        raise _unsupported("sliding_window", window, "null, or at least max_position_embeddings")
+    known = _MAPPED | _HARMLESS | FAMILIES[config["model_type"]].fields.keys()
     for name, value in values.items():
-        if name in _MAPPED or name in _HARMLESS:
+        if name in known:
             continue
         if name not in defaults:
             raise ValueError(

@@ -6,6 +6,7 @@ from several segments. Short segments of similar size are computed together in o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,11 +14,17 @@ import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 # One attention call costs about as much as this many query-key scores of a small model; joint calls may pad up to this share of their area.
 _SHORT_SEGMENT_SCORES = 96 * 96
 _PADDED_AREA = 1.3
+# Under a sliding window long segments are computed in parts of at least so many queries.
+_LEAST_WINDOW_PART = 128
+
+# Rows of a pack: those of queries, and those of the keys they see, the last ones of which are their own.
+_Piece = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -48,25 +55,40 @@ class AttentionPlan:
 class SegmentParams(PackedSeqParams):
     """What Core hands through to the layers; "sbhd" makes Core apply rotary embeddings row by row.
 
-    The model's last layer goes on after its attention with `output_rows` of the pack alone; None is all of them.
+    `window_plan` is for layers with a sliding window. The model's last layer goes on after its attention with `output_rows` of the pack alone;
+    None is all of them.
     """
 
     plan: AttentionPlan | None = None
+    window_plan: AttentionPlan | None = None
     output_rows: Tensor | None = None
 
 
-def segment_params(segments_S: Tensor, max_length: int, device: torch.device, output_rows: Tensor | None) -> SegmentParams:
-    """The layers' arguments for a pack with these segments [S, 4] (query start, query length, prefix start, prefix length)."""
+def segment_params(
+    segments_S: Tensor, max_length: int, device: torch.device, output_rows: Tensor | None, window: int | None = None
+) -> SegmentParams:
+    """The layers' arguments for a pack with these segments [S, 4] (query start, query length, prefix start, prefix length).
+
+    `window`: how many tokens, itself included, a token sees in layers that have a sliding window.
+    """
     plan = attention_plan(segments_S, device)
-    return SegmentParams(qkv_format="sbhd", max_seqlen_q=max_length, max_seqlen_kv=max_length, plan=plan, output_rows=output_rows)
+    longest = int((segments_S[:, 1] + segments_S[:, 3]).max())
+    window_plan = plan if window is None or longest <= window else attention_plan(segments_S, device, window)
+    return SegmentParams(
+        qkv_format="sbhd",
+        max_seqlen_q=max_length,
+        max_seqlen_kv=max_length,
+        plan=plan,
+        window_plan=window_plan,
+        output_rows=output_rows,
+    )
 
 
-def attention_plan(segments_S: Tensor, device: torch.device) -> AttentionPlan:
+def attention_plan(segments_S: Tensor, device: torch.device, window: int | None = None) -> AttentionPlan:
     """Groups segments so that few calls compute them with little padding."""
-    segments = segments_S.cpu().numpy()
-    segments = segments[segments[:, 1] > 0]
-    by_size = segments[np.lexsort((segments[:, 0], segments[:, 1] + segments[:, 3], segments[:, 1]))]
-    parts = [_group(members, device) for members in sorted(_join_short(by_size), key=lambda members: members[0, 0])]
+    pieces = [piece for segment in segments_S.tolist() for piece in _pieces(*segment, window)]
+    by_size = sorted(pieces, key=lambda piece: (len(piece[0]), len(piece[1]), piece[0][0]))
+    parts = [_group(members, window, device) for members in sorted(_join_short(by_size), key=lambda members: members[0][0][0])]
     groups, rows_q, rows_kv = zip(*parts, strict=True)
     index_q, index_kv = np.concatenate(rows_q), np.concatenate(rows_kv)
     order = np.argsort(index_q, kind="stable")[(index_q < 0).sum() :]
@@ -78,42 +100,55 @@ def attention_plan(segments_S: Tensor, device: torch.device) -> AttentionPlan:
     )
 
 
+def _pieces(start: int, length: int, prefix_start: int, prefix: int, window: int | None) -> Iterator[_Piece]:
+    """A segment's rows; under a window those of parts of a long segment, each with the keys in reach of it."""
+    if length == 0:
+        return
+    rows = np.concatenate([np.arange(prefix_start, prefix_start + prefix), np.arange(start, start + length)])
+    if window is None or len(rows) <= window:
+        yield rows[prefix:], rows
+        return
+    step = max(window, _LEAST_WINDOW_PART)
+    for first in range(prefix, len(rows), step):
+        yield rows[first : first + step], rows[max(first - window + 1, 0) : first + step]
+
+
 def _in_order(index: np.ndarray) -> bool:
     return index[0] == 0 and bool((np.diff(index) == 1).all())
 
 
-def _join_short(segments: np.ndarray) -> list[np.ndarray]:
-    """Runs of segments, sorted by size, whose padded area stays within bounds; long segments alone."""
-    joined: list[list[np.ndarray]] = []
+def _join_short(pieces: list[_Piece]) -> list[list[_Piece]]:
+    """Runs of pieces, sorted by size, whose padded area stays within bounds; long pieces alone."""
+    joined: list[list[_Piece]] = []
     area = 0
-    for segment in segments:
-        scores = segment[1] * (segment[1] + segment[3])
+    for piece in pieces:
+        scores = len(piece[0]) * len(piece[1])
         if joined and scores <= _SHORT_SEGMENT_SCORES:
-            members = [*joined[-1], segment]
-            padded = len(members) * max(m[1] for m in members) * max(m[1] + m[3] for m in members)
+            members = [*joined[-1], piece]
+            padded = len(members) * max(len(m[0]) for m in members) * max(len(m[1]) for m in members)
             if padded <= _PADDED_AREA * (area + scores):
                 joined[-1] = members
                 area += scores
                 continue
-        joined.append([segment])
+        joined.append([piece])
         area = scores
-    return [np.stack(members) for members in joined]
+    return joined
 
 
-def _group(members: np.ndarray, device: torch.device) -> tuple[SegmentGroup, np.ndarray, np.ndarray]:
+def _group(members: list[_Piece], window: int | None, device: torch.device) -> tuple[SegmentGroup, np.ndarray, np.ndarray]:
     """A group, the pack rows of its queries and those of its keys; -1 is padding."""
-    if len(members) == 1 and members[0, 3] == 0:
-        start, length = members[0, :2]
-        return SegmentGroup(1, None), np.arange(start, start + length), np.arange(start, start + length)
-    longest_q, longest_kv = int(members[:, 1].max()), int((members[:, 1] + members[:, 3]).max())
+    if len(members) == 1 and len(members[0][0]) == len(members[0][1]) and (window is None or len(members[0][1]) <= window):
+        return SegmentGroup(1, None), *members[0]
+    longest_q, longest_kv = max(len(queries) for queries, _ in members), max(len(keys) for _, keys in members)
     index_q = np.full((len(members), longest_q), -1)
     index_kv = np.full((len(members), longest_kv), -1)
     mask = np.zeros((len(members), longest_q, longest_kv), bool)
-    for i, (start, length, prefix_start, prefix) in enumerate(members):
-        index_q[i, :length] = np.arange(start, start + length)
-        index_kv[i, :prefix] = np.arange(prefix_start, prefix_start + prefix)
-        index_kv[i, prefix : prefix + length] = np.arange(start, start + length)
-        mask[i, :length, : prefix + length] = np.tri(length, prefix + length, prefix, bool)
+    for i, (queries, keys) in enumerate(members):
+        length, num_keys = len(queries), len(keys)
+        index_q[i, :length], index_kv[i, :num_keys] = queries, keys
+        mask[i, :length, :num_keys] = np.tri(length, num_keys, num_keys - length, bool)
+        if window is not None:
+            mask[i, :length, :num_keys] &= ~np.tri(length, num_keys, num_keys - length - window, bool)
         mask[i, length:, 0] = True  # padding rows see one key, so that their (unused) output is finite
     return SegmentGroup(len(members), torch.from_numpy(mask).to(device)[:, None]), index_q.ravel(), index_kv.ravel()
 
@@ -162,6 +197,9 @@ class SegmentAttention(MegatronModule):
     ):
         super().__init__(config=config)
         self.softmax_scale = softmax_scale
+        # Core's (left, right) counts what is seen besides the token itself.
+        is_local = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window = config.window_size[0] + 1 if is_local else None
 
     def forward(
         self,
@@ -176,9 +214,12 @@ class SegmentAttention(MegatronModule):
         """[s, b, N * D]."""
         if packed_seq_params is None:
             q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-            out = _sdpa(q, k, v, None, self.softmax_scale).permute(2, 0, 1, 3)
-            return out.flatten(2)
-        out = attend(query[:, 0], key[:, 0], value[:, 0], packed_seq_params.plan, self.softmax_scale)
+            length = len(query)
+            is_cut = self.window is not None and length > self.window
+            mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - self.window) if is_cut else None
+            return _sdpa(q, k, v, mask, self.softmax_scale).permute(2, 0, 1, 3).flatten(2)
+        plan = packed_seq_params.plan if self.window is None else packed_seq_params.window_plan
+        out = attend(query[:, 0], key[:, 0], value[:, 0], plan, self.softmax_scale)
         return out.flatten(1)[:, None]
 
 

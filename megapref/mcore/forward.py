@@ -47,8 +47,10 @@ def forward_pack(chunk: torch.nn.Module, pack: PackedBatch) -> Tensor:
 
     Under sequence parallelism, where a rank has some of the rows, the last stage too gives them all.
     """
-    output_rows = None if unwrap_model(chunk).config.sequence_parallel else pack.query_index_K
-    params = segment_params(pack.segments_S, len(pack.token_ids_T), pack.token_ids_T.device, output_rows)
+    config = unwrap_model(chunk).config
+    output_rows = None if config.sequence_parallel else pack.query_index_K
+    window = config.window_size and config.window_size[0] + 1
+    params = segment_params(pack.segments_S, len(pack.token_ids_T), pack.token_ids_T.device, output_rows, window)
     return chunk(pack.token_ids_T[None], pack.position_ids_T[None], None, packed_seq_params=params)
 
 

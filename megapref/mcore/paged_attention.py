@@ -27,8 +27,11 @@ def flash_attn_varlen_func(
     block_table: Tensor | None = None,
     return_attn_probs: bool = False,
 ) -> Tensor:
-    """Attention of prefill queries [tokens, N, D] to their paged keys, bottom-right causal; [tokens, N, D]."""
-    assert causal and tuple(window_size) == (-1, -1) and block_table is not None and not return_attn_probs
+    """Attention of prefill queries [tokens, N, D] to their paged keys, bottom-right causal; [tokens, N, D].
+
+    `window_size[0]`: how many tokens before itself a token sees; -1 is all.
+    """
+    assert causal and window_size[1] <= 0 and block_table is not None and not return_attn_probs
     out = torch.zeros_like(q)
     block_size = k.shape[1]
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
@@ -38,7 +41,10 @@ def flash_attn_varlen_func(
             continue
         blocks = block_table[request, : -(-num_k // block_size)].long()
         keys, values = k[blocks].flatten(0, 1)[:num_k], v[blocks].flatten(0, 1)[:num_k]
-        mask = None if num_q == num_k else torch.ones(num_q, num_k, dtype=torch.bool).tril(num_k - num_q)
+        is_cut = 0 <= window_size[0] < num_k - 1
+        mask = None if num_q == num_k and not is_cut else torch.ones(num_q, num_k, dtype=torch.bool).tril(num_k - num_q)
+        if is_cut:
+            mask = mask.triu(num_k - num_q - window_size[0])
         heads_first = (x.transpose(0, 1)[None] for x in (q[q_start:q_end], keys, values))
         attended = F.scaled_dot_product_attention(
             *heads_first, attn_mask=mask, is_causal=mask is None, scale=softmax_scale, enable_gqa=True
@@ -60,7 +66,7 @@ def flash_attn_with_kvcache(
     return_softmax_lse: bool = False,
 ) -> Tensor:
     """Attention of the newest tokens [requests, tokens, N, D] to their paged keys; [requests, tokens, N, D]."""
-    assert causal and tuple(window_size) == (-1, -1) and block_table is not None and not return_softmax_lse
+    assert causal and window_size[1] <= 0 and block_table is not None and not return_softmax_lse
     requests, num_q, heads, width = q.shape
     groups, block_size = k_cache.shape[2], k_cache.shape[1]
     lengths = cache_seqlens.long()
@@ -72,6 +78,8 @@ def flash_attn_with_kvcache(
     # A slot without tokens (length 0) sees everything: its output is thrown away, but must be finite.
     limit = lengths[:, None] - num_q + torch.arange(num_q)
     mask = (position <= limit[..., None]) | (lengths == 0)[:, None, None]
+    if window_size[0] >= 0:
+        mask &= (position >= limit[..., None] - window_size[0]) | (lengths == 0)[:, None, None]
     # The query heads of one KV head become query rows: one pass over each KV head's cache, which is read in place.
     scale = width**-0.5 if softmax_scale is None else softmax_scale
     rows = q.view(requests, num_q, groups, heads // groups, width).permute(2, 0, 1, 3, 4).flatten(2, 3)

@@ -20,27 +20,31 @@ def segments_of_pairs(pairs: list[tuple[int, int, int]]) -> tuple[torch.Tensor, 
     return torch.tensor(rows), start
 
 
-def dense(query, key, value, segments):
+def dense(query, key, value, segments, window=1000):
     allowed = torch.zeros(len(query), len(query), dtype=torch.bool)
     for start, length, prefix_start, prefix in segments.tolist():
-        allowed[start : start + length, prefix_start : prefix_start + prefix] = True
-        allowed[start : start + length, start : start + length] = torch.ones(length, length, dtype=torch.bool).tril()
+        distance = (prefix + torch.arange(length))[:, None] - torch.arange(prefix + length)
+        seen = (distance >= 0) & (distance < window)
+        allowed[start : start + length, prefix_start : prefix_start + prefix] = seen[:, :prefix]
+        allowed[start : start + length, start : start + length] = seen[:, prefix:]
     heads_first = (x.transpose(0, 1)[None] for x in (query, key, value))
     return F.scaled_dot_product_attention(*heads_first, attn_mask=allowed, enable_gqa=True)[0].transpose(0, 1)
 
 
 @settings(max_examples=25, deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(1, 130), st.integers(1, 60), st.integers(0, 60)), min_size=1, max_size=8), st.sampled_from([1, 2, 4])
+    st.lists(st.tuples(st.integers(1, 330), st.integers(1, 60), st.integers(0, 60)), min_size=1, max_size=8),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([None, 1, 7, 40, 128, 150]),
 )
-def test_segments_equal_dense_attention(pairs, num_groups):
+def test_segments_equal_dense_attention(pairs, num_groups, window):
     segments, num_tokens = segments_of_pairs(pairs)
     torch.manual_seed(0)
     query = torch.randn(num_tokens, 4, 8, requires_grad=True)
     key, value = (torch.randn(num_tokens, num_groups, 8, requires_grad=True) for _ in range(2))
     weights = torch.randn(num_tokens, 4, 8)
-    out = attend(query, key, value, attention_plan(segments, CPU), None)
-    expected = dense(query, key, value, segments)
+    out = attend(query, key, value, attention_plan(segments, CPU, window), None)
+    expected = dense(query, key, value, segments, window or 1000)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
     gradients = torch.autograd.grad((out * weights).sum(), (query, key, value))
     for mine, theirs in zip(gradients, torch.autograd.grad((expected * weights).sum(), (query, key, value)), strict=True):

@@ -30,9 +30,7 @@ def config(name: str, **changes) -> dict:
         ("qwen3", {"attention_bias": True}, "attention_bias", "True"),
         ("llama", {"logit_softcap": 30.0}, "logit_softcap", "30.0"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config", "bits"),
-        ("mistral", {"sliding_window": 256}, "sliding_window", "256"),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, "sliding_window", "64"),
-        ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types", "sliding"),
+        ("qwen2", {"layer_types": ["full_attention", "linear_attention"]}, "layer_types", "linear_attention"),
         ("qwen2", {"num_key_value_heads": 3}, "num_key_value_heads", "3"),
     ],
 )
@@ -54,6 +52,12 @@ def test_what_is_not_supported_is_named(name, changes, field, value):
 def test_what_changes_nothing_is_allowed(name, changes):
     spec, plain = to_spec(config(name, **changes)), to_spec(config(name))
     assert spec.transformer == plain.transformer and spec.rotary_frequencies == plain.rotary_frequencies
+
+
+def test_layers_with_a_sliding_window_are_named_one_by_one():
+    assert to_spec(config("mistral_window")).transformer["window_size"] == (19, 0)  # the token itself is not counted
+    assert to_spec(config("qwen2_window")).transformer["window_attn_skip_freq"] == [0, 1]
+    assert "window_size" not in to_spec(config("qwen2_window", layer_types=["full_attention"] * 2)).transformer
 
 
 def test_old_spelling_of_rotary_positions_means_the_same():
