@@ -14,6 +14,7 @@ from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 from megapref.plugins import show
+from megapref.sampling_checks import sampling_rules
 from megapref.signals import seconds
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def check(cfg: Config, world_size: int | None, hf_config: dict[str, Any] | None)
     `hf_config` is the model's config.json; call again once a hub model's is there.
     """
     of_values = [*_layout(cfg, world_size), *_model(cfg, hf_config), *_lengths(cfg), *_method(cfg), *_streaming(cfg), *_action(cfg)]
-    errors = [*of_values, *_optimizer(cfg), *_sources(cfg), *_files(cfg)]
+    errors = [*of_values, *sampling_rules(cfg), *_save(cfg), *_optimizer(cfg), *_sources(cfg), *_files(cfg)]
     if errors:
         raise ValueError("\n".join(errors))
 
@@ -111,21 +112,6 @@ def _lengths(cfg: Config) -> Iterator[str]:
         )
         if value and value > limit:
             yield f"data.{name}={value} is more than {limit_key}={limit}; lower the one or raise the other"
-    if cfg.method.pairs != "online":
-        return
-    new = cfg.generation.max_new_tokens
-    prompt = data.max_prompt_length or 1
-    longest = prompt + 2 * new if pack.share_prompt else 2 * (prompt + new)
-    if longest > pack.max_tokens:
-        yield (
-            f"pack.max_tokens={pack.max_tokens} is too small for a pair with a prompt of {prompt} tokens (data.max_prompt_length) "
-            f"and two completions of generation.max_new_tokens={new}; use at least {longest}, or shorten them"
-        )
-    if data.max_length and prompt + new > data.max_length:
-        yield (
-            f"data.max_length={data.max_length} is less than a prompt of {prompt} tokens (data.max_prompt_length) and "
-            f"generation.max_new_tokens={new}; use at least {prompt + new}, or shorten them"
-        )
 
 
 def _method(cfg: Config) -> Iterator[str]:
@@ -153,8 +139,6 @@ def _method(cfg: Config) -> Iterator[str]:
     if (cfg.evaluation.patience or cfg.save.keep_best) and cfg.evaluation.metric is None:
         key = "evaluation.patience" if cfg.evaluation.patience else "save.keep_best"
         yield f"{key} needs to know what is better; set evaluation.metric, such as validation-default_loss, and evaluation.goal=min or max"
-    if method.pairs == "online":
-        yield from _candidates(cfg)
     if method.pairs == "offline" and cfg.evaluation.against != "reference":
         yield (
             f'evaluation.against={show(cfg.evaluation.against)} compares samples, but method.pairs="offline" makes none; '
@@ -189,20 +173,6 @@ def _streaming(cfg: Config) -> Iterator[str]:
         yield 'reference.mode="cached" scores all rows before training, but data.streaming=true reads them during it; use resident or swapped'
     if cfg.train.epochs is not None:
         yield f"train.epochs={cfg.train.epochs:g}: how many rows an epoch has is not known with data.streaming=true; use train.steps"
-
-
-def _candidates(cfg: Config) -> Iterator[str]:
-    method, mode = cfg.method, cfg.reference.mode
-    fitting = {"policy_policy": None, "policy_reference": ("resident", "swapped"), "policy_mixture": ("resident",)}[method.candidates]
-    if fitting and mode not in fitting:
-        yield (
-            f'method.candidates="{method.candidates}" samples from the reference, with reference.mode="{mode}" it cannot; '
-            f"use reference.mode={' or '.join(fitting)}, or method.candidates=policy_policy"
-        )
-    if method.mixture_coef == []:
-        yield "method.mixture_coef=[] has no value for any epoch; give a number, or a list of one for each epoch"
-    if method.soft_preference and cfg.judge is not None:
-        yield "method.soft_preference=true is about scores, but judge decides; a judge's preferences are soft as it gives them: leave it out"
 
 
 def _save(cfg: Config) -> Iterator[str]:

@@ -177,7 +177,7 @@ def _engines(cfg: Config, data: Data, state: TrainState, ref: Reference | None, 
         engines["reference"] = ref.during(own.generate)
     if cfg.method.candidates == "policy_mixture":
         mixture = Engine(state.chunks[0], cfg.generation, max_length, opponent=ref.chunks[0])
-        engines["mixture"] = lambda *request: mixture.generate(*request, _mixture_coef(cfg, data, state.step))
+        engines["mixture"] = lambda *request: mixture.generate(*request, coefficient=_mixture_coef(cfg, data, state.step))
     if cfg.evaluation.against not in ("reference", "rows"):
         engines["opponent"] = partial(_generate_once, cfg, load_opponent, max_length)
     return engines

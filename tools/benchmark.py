@@ -193,7 +193,7 @@ def measure_generation(options: argparse.Namespace, spec: ModelSpec, load: Calla
         noise = keys(options.seed, number, np.arange(len(prompts)))
         draw = lambda logits, requests, positions: sample(logits, uniforms(noise[requests], positions), Sampling())  # noqa: E731
         started = now()
-        completions = engine.generate(prompts, draw, options.new_tokens, NO_TOKEN)
+        completions = engine.generate(prompts, draw, [options.new_tokens] * len(prompts), NO_TOKEN)
         assert {len(ids) for ids in completions} == {options.new_tokens}
         return now() - started
 

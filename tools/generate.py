@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         tokenizer = load_tokenizer(str(folder))
         if options.chat and not tokenizer.chat_template:
             raise ValueError(f"{folder}: its tokenizer has no chat template; leave out --chat to continue plain text")
-        generation = Generation(options.max_new_tokens, options.temperature, options.top_p, options.top_k)
+        generation = Generation(options.max_new_tokens, options.temperature, options.top_p, options.top_k, options.stop)
         engine = Engine(chunks[0], generation, max_length=chunks[0].max_sequence_length)
         generate = make_generate({"policy": engine.generate}, generation, tokenizer, options.seed)
 
@@ -107,6 +107,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a sample, which keeps it; several times for several")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     for name, fits, rule in (
@@ -115,6 +116,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         ("temperature", options.temperature >= 0, "0 or more"),
         ("top_p", 0 < options.top_p <= 1, "above 0 and at most 1"),
         ("top_k", options.top_k >= 0, "0 or more"),
+        ("stop", "" not in options.stop, "some text"),
     ):
         if not fits:
             parser.error(f"--{name.replace('_', '-')}={getattr(options, name)} must be {rule}")

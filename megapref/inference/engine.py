@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from megapref.batch import Completion, Prompt
 from megapref.config import Generation
 from megapref.inference.sampling import Sampling, keys, sample, uniforms
+from megapref.inference.stopping import ends_with_stop
 
 
 def make_generate(
@@ -19,9 +20,11 @@ def make_generate(
 
     `engines` has the `mcore.generation.Engine.generate` of each model.
 
-    A sample is a function of (seed, step, prompt index, side) and the weights. Completions end after their first end-of-text token, which is kept.
+    A sample is a function of (seed, step, prompt index, side) and the weights. Completions end after their first end-of-text token or stop string,
+    which are kept: what is judged is what is trained on.
     """
     sampling = Sampling(generation.temperature, generation.top_k, generation.top_p)
+    ends = ends_with_stop(tokenizer, generation.stop)
 
     def generate(prompts: list[Prompt], model: str, *, step: int, side: int | list[int]) -> list[Completion]:
         request_keys = keys(seed, step, np.array([prompt.index for prompt in prompts], np.int64), side)
@@ -29,13 +32,11 @@ def make_generate(
         def draw(logits, requests, positions):
             return sample(logits, uniforms(request_keys[requests], positions), sampling)
 
-        ids = engines[model]([list(prompt.ids) for prompt in prompts], draw, generation.max_new_tokens, tokenizer.eos_token_id)
-        return [_completion(one, tokenizer) for one in ids]
+        limits = [generation.max_new_tokens] * len(prompts)
+        made = engines[model]([list(prompt.ids) for prompt in prompts], draw, limits, tokenizer.eos_token_id, ends)
+        return [Completion(ids, tokenizer.decode(ids, skip_special_tokens=True), finished(ids)) for ids in made]
+
+    def finished(ids: list[int]) -> bool:
+        return ids[-1] == tokenizer.eos_token_id or (ends is not None and ends(ids))
 
     return generate
-
-
-def _completion(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Completion:
-    finished = tokenizer.eos_token_id in ids
-    ids = ids[: ids.index(tokenizer.eos_token_id) + 1] if finished else ids
-    return Completion(ids=ids, text=tokenizer.decode(ids, skip_special_tokens=True), finished=finished)

@@ -5,6 +5,7 @@ No KV cache outlives a call: weights may change in between. Core's process-wide 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 
 import numpy as np
@@ -24,6 +25,9 @@ from megapref import config
 from megapref.mcore import cpu
 
 Draw = Callable[[Tensor, np.ndarray, np.ndarray], Tensor]  # (logits [n, V], request numbers [n], positions [n]) -> token ids [n]
+
+
+Ends = Callable[[list[int]], bool]  # whether the last of a completion's token ids ends it
 
 
 class _TokenIdsOnly:
@@ -50,6 +54,21 @@ class _Sampler(TorchSampling):
         assert len(requests) == n == len(rows)
         ids = self.draw(rows[:, : self._vocab_size], requests, positions)
         return ids if output is None else output.copy_(ids)
+
+
+def _ended(controller: TextGenerationController, ends: Ends) -> Callable[[list[int]], set[int]]:
+    """A function that names those of the requests that `ends` ends with the token just sampled.
+
+    Core asks it for requests whose stop word was found a step ago; asked with this step's tokens, it saves the step in between.
+    """
+    completions: dict[int, list[int]] = defaultdict(list)
+
+    def ended(requests: list[int]) -> set[int]:
+        for request, token in zip(requests, controller._sampled_tokens_cuda[: len(requests)].tolist(), strict=True):
+            completions[request].append(token)
+        return {request for request in requests if ends(completions[request])}
+
+    return ended
 
 
 class _Model(GPTInferenceWrapper):
@@ -105,22 +124,28 @@ class Engine:
         self.sampler = _Sampler(torch.Generator(), self.model.true_vocab_size)
 
     def generate(
-        self, prompts: list[list[int]], draw: Draw, max_new_tokens: int, stop_id: int, coefficient: float | None = None
+        self,
+        prompts: list[list[int]],
+        draw: Draw,
+        max_new_tokens: list[int],
+        stop_id: int,
+        ends: Ends | None = None,
+        coefficient: float | None = None,
     ) -> list[list[int]]:
-        """Completion ids of each prompt (stop token included); `draw` picks each next token and names prompts by their number.
+        """Completion ids of each prompt, at most its `max_new_tokens`; `draw` picks each next token and names prompts by their number.
 
-        `coefficient` is the opponent's share in the logits of a mixture.
+        A completion ends after a `stop_id`, or where `ends` says so of its ids so far. `coefficient` is the opponent's share in a mixture's logits.
         """
         was_training = self.model.training
         self.model.eval()
         self.sampler.draw = draw
-        params = SamplingParams(num_tokens_to_generate=max_new_tokens, termination_id=stop_id)
         completions: list[list[int] | None] = [None] * len(prompts)
         with torch.no_grad(), cpu.core_calls():
             engine = self._start(coefficient)
+            engine.controller.set_stop_word_finished_ids_callback(ends and _ended(engine.controller, ends))
             try:
-                for request, ids in enumerate(prompts):
-                    engine.add_request(request, ids, params)
+                for request, (ids, limit) in enumerate(zip(prompts, max_new_tokens, strict=True)):
+                    engine.add_request(request, ids, SamplingParams(num_tokens_to_generate=limit, termination_id=stop_id))
                 while engine.has_unfinished_requests():
                     for record in engine.step_modern()["finished_request_records"]:
                         completions[record.request_id] = list(record.merge().generated_tokens)

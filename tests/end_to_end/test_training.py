@@ -104,3 +104,5 @@ def test_the_exported_model_answers(run_dir):
     command = [sys.executable, "tools/generate.py", str(run_dir / "hf"), "--prompt", "How was the museum?"]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and len(done.stdout.replace("How was the museum?", "").split()) > 3, done.stderr[-3000:]
+    stopped = subprocess.run([*command, "--stop", "e"], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert "e" in stopped.stdout[len("How was the museum?") :] and done.stdout.startswith(stopped.stdout.strip()) and stopped.stdout != done.stdout

@@ -51,6 +51,15 @@ def poisoned(engine, start, poison, *args):
     return started
 
 
+def ends(ids: list[int]) -> bool:
+    """Looks at two tokens, as a stop string may."""
+    return sum(ids[-2:]) % 23 == 0
+
+
+def cut(ids: list[int]) -> list[int]:
+    return next((ids[:n] for n in range(1, len(ids)) if ends(ids[:n])), ids)
+
+
 def load_models(layout: dict, *folders: str) -> list:
     from megapref.config import Parallel
     from megapref.convert.families import read_spec
@@ -81,7 +90,7 @@ def draw_first_tokens(folder: str, other_folder: str, number: int) -> tuple[list
         return sample(logits, uniforms(noise[requests], positions), Sampling(temperature=0.7))
 
     engine = Engine(models[0], Generation(max_new_tokens=1, kv_cache_gb=0.01), 8, models[1])
-    drawn = engine.generate([prompt] * number, draw, 1, -1, MIXTURE)
+    drawn = engine.generate([prompt] * number, draw, [1] * number, -1, coefficient=MIXTURE)
     with torch.no_grad():
         first, second = (model(torch.tensor([prompt]), torch.arange(3)[None], None)[0, -1].double() for model in models)
     return [ids[0] for ids in drawn], (((1 - MIXTURE) * first + MIXTURE * second) / 0.7).softmax(-1)
@@ -99,7 +108,7 @@ def generate_in_layout(folder: str, other_folder: str, layout: dict) -> dict:
     request_keys = keys(11, 0, np.arange(len(prompts())), 0)
     results: dict = {}
 
-    def run(which=None, sampling=Sampling(temperature=0.8), poison=None, mixture=None, **options):  # noqa: B008
+    def run(which=None, sampling=Sampling(temperature=0.8), poison=None, mixture=None, ends=None, **options):  # noqa: B008
         which = list(range(len(prompts()))) if which is None else which
         generation = Generation(**{"max_new_tokens": NEW_TOKENS, "kv_cache_gb": 0.01, **options})
         engine = Engine(model, generation, 100, None if mixture is None else other)
@@ -109,7 +118,7 @@ def generate_in_layout(folder: str, other_folder: str, layout: dict) -> dict:
 
         if poison is not None:
             engine._start = partial(poisoned, engine, engine._start, poison)
-        out = engine.generate([prompts()[i] for i in which], draw, NEW_TOKENS, STOP, mixture)
+        out = engine.generate([prompts()[i] for i in which], draw, [NEW_TOKENS] * len(which), STOP, ends, coefficient=mixture)
         return out, engine, draw
 
     sampled, engine, draw = run()
@@ -120,16 +129,19 @@ def generate_in_layout(folder: str, other_folder: str, layout: dict) -> dict:
     results["poisoned"] = run(poison=float("nan"))[0]
     crowded, crowded_engine, _ = run(kv_cache_gb=CROWDED_GB / ranks)
     results["evicted"], results["evictions"] = crowded, crowded_engine.engine.evicted_request_count
+    for name, options in {"": {}, ", three slots": {"max_requests": 3}, ", evicted": {"kv_cache_gb": CROWDED_GB / ranks}}.items():
+        results[f"ended{name}"] = run(ends=ends, **options)[0]
+    results["ended mixture"] = run(ends=ends, mixture=MIXTURE)[0]
     results["mixture"] = run(mixture=MIXTURE)[0]
     results["mixture, three slots"] = run(mixture=MIXTURE, max_requests=3)[0]
     results["mixture, poisoned"] = run(mixture=MIXTURE, poison=float("nan"))[0]
     results["mixture, evicted"] = run(mixture=MIXTURE, kv_cache_gb=CROWDED_GB / ranks)[0]
     results["none of the other"], results["only the other"] = run(mixture=0.0)[0], run(mixture=1.0)[0]
-    results["again"] = engine.generate(prompts(), draw, NEW_TOKENS, STOP)
+    results["again"] = engine.generate(prompts(), draw, [NEW_TOKENS] * len(prompts()), STOP)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5)
-    results["changed weights"] = engine.generate(prompts(), draw, NEW_TOKENS, STOP)
+    results["changed weights"] = engine.generate(prompts(), draw, [NEW_TOKENS] * len(prompts()), STOP)
     if not layout:
         results["recomputed changed"] = recomputed(model, Sampling(temperature=0.8), request_keys)
         load_hf([model], read_spec(folder), folder)
@@ -160,6 +172,15 @@ def test_a_sample_does_not_depend_on_batching_or_cache_content(one_process):
         assert results[name] == results["sampled"], name
 
 
+def test_a_completion_ends_where_it_is_told_to(one_process):
+    _, results = one_process
+    expected = [cut(ids) for ids in results["recomputed"]]
+    assert sum(map(len, expected)) < sum(map(len, results["sampled"])) and any(len(ids) == NEW_TOKENS for ids in expected)
+    for name in ("ended", "ended, three slots", "ended, evicted"):
+        assert results[name] == expected, name
+    assert results["ended mixture"] == [cut(ids) for ids in results["recomputed mixture"]]
+
+
 def test_no_cache_outlives_a_weight_change(one_process):
     _, results = one_process
     assert results["changed weights"] == results["recomputed changed"] != results["sampled"]
@@ -188,5 +209,6 @@ def test_layouts_give_the_same_tokens(one_process, layout):
     folders, expected = one_process
     world = layout.get("tensor", 1) * layout.get("pipeline", 1)
     for results in run_distributed(generate_in_layout, world, *folders, layout):
-        for name in ("sampled", "greedy", "three slots", "poisoned", "mixture", "mixture, evicted", "only the other", "changed weights"):
+        names = ("sampled", "greedy", "three slots", "poisoned", "ended, evicted", "mixture", "mixture, evicted", "only the other", "changed weights")
+        for name in names:
             assert results[name] == expected[name], name

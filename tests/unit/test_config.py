@@ -216,6 +216,8 @@ BAD_OVERRIDES = [
     ("generation.max_new_tokens=2048", ["pack.max_tokens=4096 is too small", "generation.max_new_tokens=2048; use at least 4097"]),
     ("data.max_prompt_length=4000", ["pack.max_tokens=4096", "prompt of 4000 tokens (data.max_prompt_length)", "use at least 4128"]),
     ("data.max_length=50", ["data.max_length=50 is less than", "generation.max_new_tokens=64; use at least 65"]),
+    ("generation.stop=[END,'']", ["generation.stop has an empty text", "leave it out"]),
+    ("save.before_deadline=soon", ['save.before_deadline="soon" is not a length of time']),
     ("data.train=[]", ["data.train=[] names no source; give data.train=[{path: FILE}]"]),
     ("~reward.kindness", ["reward={} and judge=null; give reward.NAME.function"]),
     ("reference.mode=cached", ['reference.mode="cached" needs completions that are known before training', "use reference.mode=resident or swapped"]),

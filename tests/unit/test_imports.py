@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "runlog": ("display", "samples"),
     "losses": ("batch",),
     "schema": ("plugins",),
-    "checks": ("plugins", "signals", "config"),  # config for annotations only
+    "checks": ("plugins", "sampling_checks", "signals", "config"),  # config for annotations only
+    "sampling_checks": ("config",),  # for annotations only
     "compose": ("checks", "plugins"),
     "config": ("checks", "compose", "schema"),
     "cluster": ("config", "plugins", "schema", "signals"),
