@@ -21,6 +21,7 @@ from megapref.convert.families import read_spec
 from megapref.convert.hf import export_hf, find_model, fingerprint, load_hf
 from megapref.data import ledger
 from megapref.data.chat import load_tokenizer
+from megapref.data.prompts import round_start
 from megapref.judge_model import local_model
 from megapref.losses.combined import is_first_only, is_of_completions, parts
 from megapref.mcore import batch_wide, checkpoint, reference, setup
@@ -70,6 +71,8 @@ def build(cfg: Config, resume_from: Path | None) -> Run:
         saved = checkpoint.load_checkpoint(state, resume_from)
         _check_goes_on(saved, identity, resume_from, total_steps)
         progress = Progress(**saved["progress"])
+        if cfg.run.action == "train" and state.step < total_steps and not progress.stopped:
+            _check_round(cfg, state.step, resume_from)
 
     def with_reference_logps(packs: list[PackedBatch]) -> list[PackedBatch]:
         return reference.fill_reference(ref, packs) if ref and has_reference else packs
@@ -96,14 +99,14 @@ def build(cfg: Config, resume_from: Path | None) -> Run:
 
     def write_ledger(batch: PairBatch) -> None:
         made_with = {"seed": cfg.run.seed, "tokenizer": ledger.vocabulary_digest(inputs.tokenizer)}
-        versions = {"step": batch.step + 1, "weight_version": batch.step}
+        versions = {"step": batch.step + 1, "weight_version": round_start(batch.step, cfg.generation.sync_every)}
         ledger.write_step(Path(cfg.run.dir) / "ledger", batch.contests, batch.pairs, **versions, **made_with)
 
     if is_online:
         opponent = partial(load_opponent, cfg, inputs.spec, inputs.tokenizer)
         judge = partial(local_model, cfg, inputs.spec, inputs.tokenizer, state.chunks, ref)
         first_only = is_first_only(inputs.losses[0])
-        source, evaluate = sources.online_source(cfg, inputs.data, state, ref, inputs.tokenizer, opponent, judge, first_only)
+        source, evaluate = sources.online_source(cfg, inputs.data, state, ref, inputs.tokenizer, opponent, judge, first_only, total_steps)
     else:
         source, evaluate = sources.offline_source(cfg, inputs.data, state, inputs.losses, prepare)
     loss_of_step = partial(sources.of_epoch, cfg, inputs.data, inputs.losses)
@@ -179,3 +182,13 @@ def _check_goes_on(saved: dict[str, Any], identity: dict[str, Any], path: Path, 
         wrong.append(f"train.steps={total_steps} is less than the {saved['step']} steps that the checkpoint has")
     if wrong:
         raise ValueError("\n".join([f"cannot resume from {path}:", *wrong, "Set it as it was, or start a new run from an exported model."]))
+
+
+def _check_round(cfg: Config, step: int, path: Path) -> None:
+    """Within a round of generation the weights that sampled are gone, and a run that goes on from there would not be the one that was left alone."""
+    start = round_start(step, cfg.generation.sync_every)
+    if cfg.method.pairs == "online" and step != start:
+        raise ValueError(
+            f"cannot resume from {path}: step {step} is within a round of generation.sync_every={cfg.generation.sync_every} steps, sampled "
+            f"with the weights of step {start}; set generation.sync_every to a divisor of {step}, or resume from a checkpoint of a round's start"
+        )

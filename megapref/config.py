@@ -149,6 +149,7 @@ class Generation:
     top_p: Annotated[float, "> 0", "<= 1"] = 1.0  # 1: off
     top_k: Whole = 0  # 0: off
     stop: list[str] = field(default_factory=list)  # texts that end a completion, which keeps them, as it keeps its end-of-text token
+    sync_every: Count = 1  # semi-online: the prompts of so many steps are sampled at once, with the weights before the first of them
     max_requests: Count = 256  # slots decoded together
     kv_cache_gb: Positive = 0.5  # GiB per rank
 

@@ -51,3 +51,11 @@ def _candidates(cfg: Config) -> Iterator[str]:
 def _generation(cfg: Config) -> Iterator[str]:
     if "" in cfg.generation.stop:
         yield "generation.stop has an empty text, which would end every completion at once; leave it out"
+    every = cfg.generation.sync_every
+    for key, value in (("save.every", cfg.save.every), ("evaluation.every", cfg.evaluation.every if cfg.save.keep_best else 0)):
+        if value % every:
+            why = "" if key == "save.every" else " with save.keep_best"
+            yield (
+                f"{key}={value} saves{why} within a round of generation.sync_every={every} steps, from where a run cannot be resumed exactly; "
+                f"use a multiple of {every}"
+            )

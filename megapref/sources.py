@@ -144,8 +144,9 @@ def online_source(
     load_opponent: Load,
     load_judge: Callable[[str], LocalModel],
     first_only: bool,
+    total_steps: int,
 ) -> tuple[Iterator[PairBatch], Evaluate]:
-    """Pairs of judged samples from step `state.step` on; `first_only`: the loss does not train on the second of a pair.
+    """Pairs of judged samples from step `state.step` on to `total_steps`; `first_only`: the loss does not train on the second of a pair.
 
     Evaluation plays the policy against the reference, answers of the rows or another model.
     """
@@ -162,6 +163,8 @@ def online_source(
         first_only=first_only,
         mixture_coef=partial(_mixture_coef, cfg, data) if "mixture" in engines else None,
         counts=data.counts,
+        sync_every=cfg.generation.sync_every,
+        total_steps=total_steps,
     )
     # A tie is half a win when models are compared, whatever training does with it.
     return source, _evaluation(cfg, data, state, ref, tokenizer, engines, decide("soft"))

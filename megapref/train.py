@@ -17,6 +17,7 @@ from megapref.batch import PairBatch
 from megapref.build import Run, build
 from megapref.config import Config, to_yaml
 from megapref.data import ledger
+from megapref.data.prompts import round_start
 from megapref.losses.combined import combine
 from megapref.losses.pairs import sft
 from megapref.mcore import capabilities, checkpoint, setup
@@ -78,7 +79,7 @@ def train(cfg: Config, run: Run, log: runlog.RunLog) -> bool:
         run.sync_reference()
         best = best_steps(progress, cfg)
         last = last or bool(progress.stopped)
-        stop = setup.largest(signals.asked_to_stop(deadline)) if not last else 0
+        stop = setup.largest(signals.asked_to_stop(deadline)) if not last and _between_rounds(cfg, state.step) else 0
         if _due(state.step, cfg.save.every, last or stop > 0) or state.step in best:
             extra = {"made_with": run.identity, "progress": asdict(progress)}
             checkpoint.save_checkpoint(state, run_dir / "checkpoints", cfg.save.keep, extra, protected=best)
@@ -210,6 +211,11 @@ def _open_log(cfg: Config, run: Run, resume_from: Path | None) -> runlog.RunLog:
     if unused_steps:
         log.message(f"set aside, because their steps are done again: {unused_steps} files of {run_dir / 'ledger'}")
     return log
+
+
+def _between_rounds(cfg: Config, step: int) -> bool:
+    """Whether the next step's samples come from the weights as they are, so that a checkpoint is all that a run needs to go on."""
+    return cfg.method.pairs == "offline" or round_start(step, cfg.generation.sync_every) == step
 
 
 def _due(step: int, every: int, last: bool) -> bool:

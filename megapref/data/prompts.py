@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import count
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count, islice
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -92,3 +92,18 @@ def prompt_batches(
     for step in count(start_step):
         rows = step_rows(prompts.sizes, prompts.weights, global_batch_size=global_batch_size, step=step, seed=seed, shuffle=shuffle)
         yield step, [prompts[i] for i in rows[rank::num_ranks]]
+
+
+def round_start(step: int, sync_every: int) -> int:
+    """The step whose weights sample for step `step` (from 0): rounds of generation begin at the multiples of `sync_every`."""
+    return step - step % sync_every
+
+
+def rounds(
+    batches: Iterable[tuple[int, list[Prompt]]], sync_every: int, total_steps: int | None = None
+) -> Iterator[list[tuple[int, list[Prompt]]]]:
+    """The batches of each round of generation: up to the next multiple of `sync_every`, or the end of the run."""
+    batches = iter(batches)
+    for step, prompts in batches:
+        end = round_start(step, sync_every) + sync_every
+        yield [(step, prompts), *islice(batches, min(end, total_steps or end) - step - 1)]

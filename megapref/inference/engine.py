@@ -26,7 +26,7 @@ def make_generate(
     sampling = Sampling(generation.temperature, generation.top_k, generation.top_p)
     ends = ends_with_stop(tokenizer, generation.stop)
 
-    def generate(prompts: list[Prompt], model: str, *, step: int, side: int | list[int]) -> list[Completion]:
+    def generate(prompts: list[Prompt], model: str, *, step: int | list[int], side: int | list[int]) -> list[Completion]:
         request_keys = keys(seed, step, np.array([prompt.index for prompt in prompts], np.int64), side)
 
         def draw(logits, requests, positions):

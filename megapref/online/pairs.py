@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, islice
 from statistics import fmean
 
 from megapref.batch import Comparison, Completion, Contest, Generate, PairBatch, Prompt, TokenPair
+from megapref.data.prompts import rounds
 from megapref.online.judges import Decide, Verdicts
 
 OPPONENTS = {"policy_policy": "policy", "policy_reference": "reference", "policy_mixture": "mixture"}
@@ -25,27 +26,35 @@ def online_pairs(
     first_only: bool = False,
     mixture_coef: Callable[[int], float] | None = None,
     counts: Mapping[str, int] | None = None,
+    sync_every: int = 1,
+    total_steps: int | None = None,
 ) -> Iterator[PairBatch]:
     """Pairs of candidates for this rank's share of each step's prompts; `models` has who samples each candidate (`models_of`).
 
     Candidates are compared as `compare` says. A pair without verdict is left out and counted (`judge/abstained`). A completion is trained on
     token for token as it was judged; with `first_only` the second of a pair only judges. The `mixture_coef` of each step is logged, the `counts`
     of the loading of prompts with the first one.
+
+    The prompts of `sync_every` steps (fewer where a round or the run starts or ends in between) are sampled together before the first of them is
+    trained; `generation/staleness` is how many steps ago that was, and the seconds it took are those of the round's first step.
     """
-    for step, prompts in prompt_batches:
+    for batches in rounds(prompt_batches, sync_every, total_steps):
         started = time.perf_counter()
-        candidates = sample(prompts, generate, models, step)
-        generated = time.perf_counter()
-        contests, sums = compare(prompts, candidates, models, decide, pairing, by_scores)
-        judged = time.perf_counter()
-        sums |= pair_metrics(contests, models, first_only)
-        sums["time/generate"] = (generated - started, 1)
-        sums["time/judge"] = (judged - generated, 1)
-        sums |= {name: (number, 1) for name, number in (counts or {}).items()}
-        sums |= {"mixture_coef": (mixture_coef(step), 1)} if mixture_coef else {}
-        counts = None
-        pairs = [pair for contest in contests for pair in token_pairs(contest, first_only)]
-        yield PairBatch(step, pairs, sums, sample_rows(contests), contests)
+        steps = [step for step, prompts in batches for _ in prompts]
+        made = iter(sample([prompt for _, prompts in batches for prompt in prompts], generate, models, steps))
+        seconds, first = time.perf_counter() - started, batches[0][0]
+        for step, prompts in batches:
+            started = time.perf_counter()
+            contests, sums = compare(prompts, list(islice(made, len(prompts))), models, decide, pairing, by_scores)
+            sums |= pair_metrics(contests, models, first_only)
+            sums["time/judge"] = (time.perf_counter() - started, 1)
+            sums["time/generate"] = (seconds if step == first else 0.0, 1)
+            sums["generation/staleness"] = (step - first, 1)
+            sums |= {name: (number, 1) for name, number in (counts or {}).items()}
+            sums |= {"mixture_coef": (mixture_coef(first), 1)} if mixture_coef else {}
+            counts = None
+            pairs = [pair for contest in contests for pair in token_pairs(contest, first_only)]
+            yield PairBatch(step, pairs, sums, sample_rows(contests), contests)
 
 
 def models_of(candidates: str, num_candidates: int) -> tuple[str, ...]:
@@ -54,12 +63,14 @@ def models_of(candidates: str, num_candidates: int) -> tuple[str, ...]:
     return ("policy",) * (num_candidates - theirs) + (OPPONENTS[candidates],) * theirs
 
 
-def sample(prompts: list[Prompt], generate: Generate, models: tuple[str, ...], step: int) -> list[list[Completion]]:
-    """The candidates of each prompt; those that one model makes are decoded together. Candidate j is sampled with the noise of side j."""
+def sample(prompts: list[Prompt], generate: Generate, models: tuple[str, ...], steps: list[int]) -> list[list[Completion]]:
+    """The candidates of each prompt; those that one model makes are decoded together. Candidate j is sampled with the noise of the prompt's step
+    and of side j."""
     candidates: list[list] = [[None] * len(models) for _ in prompts]
     for model in dict.fromkeys(models):
         sides = [side for side, other in enumerate(models) if other == model]
-        made = iter(generate([prompt for prompt in prompts for _ in sides], model, step=step, side=sides * len(prompts)))
+        noise = {"step": [step for step in steps for _ in sides], "side": sides * len(prompts)}
+        made = iter(generate([prompt for prompt in prompts for _ in sides], model, **noise))
         for own in candidates:
             for side in sides:
                 own[side] = next(made)

@@ -114,9 +114,9 @@ def _die_at(step: int, place: str) -> None:
     }
     (holder, name), sample, calls = where[place], pairs.sample, []
 
-    def sample_and_count(prompts, generate, models, number):
-        calls.append(number)
-        return sample(prompts, generate, models, number)
+    def sample_and_count(prompts, generate, models, numbers):
+        calls.append(numbers[0])
+        return sample(prompts, generate, models, numbers)
 
     real = getattr(holder, name)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -273,6 +274,19 @@ def test_a_stream_has_one_loss_and_kto_needs_others():
     ):
         with pytest.raises(ValueError, match=words):
             check_plugins(small("method.pairs=offline", "loss=kto", *overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (["save.every=6"], "save.every=6 saves within a round of generation.sync_every=4 steps, from where a run cannot be resumed exactly; use"),
+        (["save.keep_best=1", "evaluation.every=2", "evaluation.metric=a"], "evaluation.every=2 saves with save.keep_best within a round"),
+    ],
+)
+def test_saves_are_between_rounds_of_generation(overrides, part):
+    with pytest.raises(ValueError, match=re.escape(part)):
+        load("plain", ["generation.sync_every=4", *overrides], "mine", world_size=None)
+    load("plain", ["generation.sync_every=4", "save.every=8", "evaluation.every=2"], "mine", world_size=None)
 
 
 def test_several_mistakes_are_listed_together():

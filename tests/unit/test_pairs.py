@@ -5,6 +5,7 @@ import math
 import pytest
 
 from megapref.batch import Completion, Judgement, Prompt
+from megapref.data.prompts import rounds
 from megapref.online.judges import ask_judge, ask_rewards, decide_by_judge, decide_by_rewards
 from megapref.online.pairs import models_of, online_pairs
 
@@ -103,3 +104,29 @@ def test_abstained_pairs_are_left_out_and_counted():
     assert pairs_of(batch) == [("7", "8", 0.25)] and batch.sums["judge/calls"] == (2, 0)
     assert batch.sums["judge/abstained"] == (1, 0) and batch.sums["val/contain_eos_token"] == (4, 4)
     assert [(c.trained, c.text) for contest in batch.contests for c in contest.comparisons] == [(False, None), (True, "B")]
+
+
+@pytest.mark.parametrize(
+    ("start", "sync_every", "total", "expected"),
+    [(0, 1, 3, [[0], [1], [2]]), (0, 3, 7, [[0, 1, 2], [3, 4, 5], [6]]), (4, 4, 8, [[4, 5, 6, 7]]), (5, 3, 9, [[5], [6, 7, 8]])],
+)
+def test_rounds_begin_at_multiples_and_end_with_the_run(start, sync_every, total, expected):
+    made = rounds(((step, PROMPTS) for step in range(start, 100)), sync_every, total)
+    assert [[step for step, _ in next(made)] for _ in expected] == expected
+
+
+def test_a_round_is_sampled_at_once_and_judged_step_by_step():
+    asked = []
+    generate = generator({"a": "31", "b": "29"})
+
+    def and_note(prompts, model, *, step, side):
+        asked.append((len(prompts), step, side))
+        return generate(prompts, model, step=step, side=side)
+
+    steps = ((step, PROMPTS[: 1 + step % 2]) for step in range(4, 100))
+    batches = online_pairs(steps, and_note, REWARDS, models=models_of("policy_policy", 2), pairing="all", by_scores=True, sync_every=2, total_steps=6)
+    first, second = next(batches), next(batches)
+    assert asked == [(6, [4, 4, 5, 5, 5, 5], [0, 1] * 3)]
+    assert (first.step, second.step) == (4, 5) and pairs_of(first) == [("3", "1", 1.0)] and pairs_of(second) == [("3", "1", 1.0), ("2", "9", 0.0)]
+    assert [batch.sums["generation/staleness"] for batch in (first, second)] == [(0, 1), (1, 1)]
+    assert first.sums["time/generate"][0] > 0 and second.sums["time/generate"] == (0.0, 1)
