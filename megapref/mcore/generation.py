@@ -119,6 +119,7 @@ class Engine:
             max_tokens=DynamicInferenceContext.round_up_tokens(max(max_length, slots)),
             max_sequence_length=max_length,
             kv_cache_management_mode=KVCacheManagementMode.RECOMPUTE,
+            enable_prefix_caching=True,  # of prompts that begin alike, the whole blocks of what they share are computed once
         )
         self.engine = None
         self.sampler = _Sampler(torch.Generator(), self.model.true_vocab_size)

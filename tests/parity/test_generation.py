@@ -138,10 +138,19 @@ def generate_in_layout(folder: str, other_folder: str, layout: dict) -> dict:
     results["mixture, evicted"] = run(mixture=MIXTURE, kv_cache_gb=CROWDED_GB / ranks)[0]
     results["none of the other"], results["only the other"] = run(mixture=0.0)[0], run(mixture=1.0)[0]
     results["again"] = engine.generate(prompts(), draw, [NEW_TOKENS] * len(prompts()), STOP)
+    # Each prompt twice: what shares its prefill is the same, and nothing of it outlives the weights.
+    twice = [i for i in range(len(prompts())) for _ in range(2)]
+    results["shared"], sharing, draw_twice = run(twice)
+    results["computed tokens"] = sharing.engine._prefill_tokens_computed
+    results["shared, three slots"] = run(twice, max_requests=3)[0]
+    results["shared, poisoned"] = run(twice, poison=float("nan"))[0]
+    results["shared, evicted"] = run(twice, kv_cache_gb=CROWDED_GB / ranks)[0]
+    results["shared mixture"] = run(twice, mixture=MIXTURE)[0]
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5)
     results["changed weights"] = engine.generate(prompts(), draw, [NEW_TOKENS] * len(prompts()), STOP)
+    results["shared, changed weights"] = sharing.generate([prompts()[i] for i in twice], draw_twice, [NEW_TOKENS] * len(twice), STOP)
     if not layout:
         results["recomputed changed"] = recomputed(model, Sampling(temperature=0.8), request_keys)
         load_hf([model], read_spec(folder), folder)
@@ -170,6 +179,17 @@ def test_a_sample_does_not_depend_on_batching_or_cache_content(one_process):
     assert results["evictions"] > 0
     for name in ("one by one", "three slots", "poisoned", "evicted", "again"):
         assert results[name] == results["sampled"], name
+
+
+def test_prompts_that_begin_alike_share_their_prefill(one_process):
+    _, results = one_process
+    sampled, mixed, changed = ([ids for ids in results[name] for _ in range(2)] for name in ("sampled", "mixture", "changed weights"))
+    for name in ("shared", "shared, three slots", "shared, poisoned", "shared, evicted"):
+        assert results[name] == sampled, name
+    assert results["shared mixture"] == mixed and results["shared, changed weights"] == changed
+    lengths = [len(ids) for ids in prompts()]
+    blocks = [min(n // 16, max(n - 2, 0) // 16) for n in lengths]  # Core computes two tokens or more
+    assert results["computed tokens"] == 2 * sum(lengths) - 16 * sum(blocks) < 1.7 * sum(lengths)
 
 
 def test_a_completion_ends_where_it_is_told_to(one_process):
@@ -210,5 +230,6 @@ def test_layouts_give_the_same_tokens(one_process, layout):
     world = layout.get("tensor", 1) * layout.get("pipeline", 1)
     for results in run_distributed(generate_in_layout, world, *folders, layout):
         names = ("sampled", "greedy", "three slots", "poisoned", "ended, evicted", "mixture", "mixture, evicted", "only the other", "changed weights")
+        names += ("shared", "shared, evicted", "shared mixture", "shared, changed weights")
         for name in names:
             assert results[name] == expected[name], name
