@@ -7,9 +7,10 @@ S attention segments, V vocabulary, H hidden, N heads, D head width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
@@ -240,6 +241,20 @@ class ModelSpec:
     def padded_vocab_size(self, tensor_parallel: int) -> int:
         """The vocabulary with rows added that are no words, so that tensor-parallel ranks hold equal shares."""
         return -(-self.vocab_size // tensor_parallel) * tensor_parallel
+
+
+def summed(parts: Iterable[Mapping[str, tuple[float, float]]]) -> dict[str, tuple[float, float]]:
+    """The (sum, count) of every metric over the parts that several ranks have."""
+    sums: dict[str, tuple[float, float]] = {}
+    for name, (total, count) in chain.from_iterable(part.items() for part in parts):
+        before = sums.get(name, (0.0, 0.0))
+        sums[name] = before[0] + total, before[1] + count
+    return sums
+
+
+def means(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """What is logged of each (sum, count): the mean, of a count of 0 the sum."""
+    return {name: total / count if count else total for name, (total, count) in sums.items()}
 
 
 Logps = PairLogps | UnpairedLogps

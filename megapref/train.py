@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from megapref import runlog, signals
-from megapref.batch import PairBatch
+from megapref.batch import PairBatch, means, summed
 from megapref.build import Run, build
 from megapref.config import Config, to_yaml
 from megapref.data import ledger
@@ -110,11 +110,7 @@ def _of_all_ranks(batch: PairBatch) -> PairBatch:
     """
     gathered = setup.gather_over_data_parallel((batch.pairs_by_prompt, batch.contests, batch.sums))
     groups, contests, parts = zip(*gathered, strict=True)
-    sums: dict[str, tuple[float, float]] = {}
-    for name, (total, count) in chain.from_iterable(part.items() for part in parts):
-        before = sums.get(name, (0.0, 0.0))
-        sums[name] = before[0] + total, before[1] + count
-    return PairBatch(batch.step, list(chain.from_iterable(_in_turns(groups))), sums, batch.samples, _in_turns(contests))
+    return PairBatch(batch.step, list(chain.from_iterable(_in_turns(groups))), summed(parts), batch.samples, _in_turns(contests))
 
 
 def _in_turns(shares: Sequence[list]) -> list:
@@ -125,7 +121,7 @@ def _in_turns(shares: Sequence[list]) -> list:
 def step(cfg: Config, run: Run, batch: PairBatch) -> dict[str, float]:
     """One optimizer step on the batch of all ranks; its metrics, of the global batch. Without any pair it is skipped."""
     pairs = batch.pairs
-    metrics = {name: total / count if count else total for name, (total, count) in batch.sums.items()}
+    metrics = means(batch.sums)
     if not pairs:
         run.state.step += 1
         return {"loss": math.nan, "grad_norm": math.nan, "num_pairs": 0.0, "skipped": 1.0} | metrics

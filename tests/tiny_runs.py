@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -105,6 +106,14 @@ def run_training(tree: dict[str, dict]) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def replay(*arguments: str) -> int:
+    """The exit code of tools/replay.py, run in a worker."""
+    spec = importlib.util.spec_from_file_location("replay", Path(__file__).parents[1] / "tools" / "replay.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main(list(arguments))
 
 
 def write_recipe(folder: Path, tree: dict[str, dict]) -> list[str]:

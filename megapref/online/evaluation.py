@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from megapref.batch import Completion, LossOutput, PairLogps, Prompt, TokenPair
+from megapref.batch import Completion, LossOutput, PairLogps, Prompt, TokenPair, means, summed
 from megapref.online.judges import Decide
 
 Complete = Callable[[list[Prompt]], list[Completion]]
@@ -33,7 +33,8 @@ def evaluation(
     """A function that plays the policy against its opponent on all prompts and returns metrics and a row for each prompt, the same on every rank.
 
     Every rank plays every n-th prompt; `gather` gives all ranks' parts. An opponent that never `moves` is asked once. Metrics of all prompts
-    are eval/NAME, those of a set validation-SET_NAME. `kl(pairs)` is the mean of lp - lr over the policy's completions, None: there is no reference.
+    are eval/NAME, those of a set validation-SET_NAME, what judging cost eval/judge/NAME. `kl(pairs)` is the mean of lp - lr over the policy's
+    completions, None: there is no reference.
     """
     names = [name for name, prompts in sets.items() for _ in prompts]
     prompts = list(chain(*sets.values()))
@@ -48,7 +49,8 @@ def evaluation(
         samples = policy(mine)
         verdicts = decide(mine, samples, baseline)
         judged = zip(mine, samples, baseline, verdicts.first_scores, verdicts.second_scores, verdicts.preferences, verdicts.texts, strict=True)
-        parts = gather([(p.ids, a.ids, _row(p, a, b, against) | _verdict(*verdict)) for p, a, b, *verdict in judged])
+        own = [(p.ids, a.ids, _row(p, a, b, against) | _verdict(*verdict)) for p, a, b, *verdict in judged]
+        parts, sums = zip(*gather((own, verdicts.sums)), strict=True)
         played = [parts[i % num_ranks][i // num_ranks] for i in range(len(prompts))]
         rows = [{"set": name} | row for name, (_, _, row) in zip(names, played, strict=True)]
         metrics = {}
@@ -60,9 +62,14 @@ def evaluation(
             of_set = {name: kl([pair for pair, own in zip(pairs, names, strict=True) if own == name]) for name in sets}
             metrics |= {f"validation-{name}_kl": value for name, value in of_set.items()}
             metrics["eval/kl"] = sum(of_set[name] * len(sets[name]) for name in sets) / len(prompts)
-        return metrics, rows
+        return metrics | _of_judge(means(summed(sums))), rows
 
     return evaluate
+
+
+def _of_judge(metrics: dict[str, float]) -> dict[str, float]:
+    """What judging cost and said of itself; the means of each reward (objective/*) are over both players and say nothing of either."""
+    return {f"eval/{name}": value for name, value in metrics.items() if not name.startswith("objective/")}
 
 
 def _row(prompt: Prompt, policy: Completion, opponent: Completion, against: str) -> dict[str, Any]:

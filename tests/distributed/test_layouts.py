@@ -1,4 +1,4 @@
-"""Whole runs at every layout against one process: the same samples, losses and gradient norms over three steps, in float32."""
+"""Whole runs at every layout against one process: the same samples, verdicts, losses and gradient norms over three steps, in float32."""
 
 import pytest
 from distributed_run import run_distributed
@@ -12,7 +12,23 @@ LAYOUTS = {
     "tp2 pp2": (4, {"tensor": 2, "pipeline": 2}),
     "dp2 pp2": (4, {"pipeline": 2}),
 }
-SAME = ("loss", "grad_norm", "logps/chosen", "logps/rejected", "objective/scores", "eval/reward", "validation-same_loss")
+OF_METHODS = ("loss/dpo", "loss/xpo", "loss/kl", "loss/score", "scores/policy", "scores/reference", "scores/mixture")
+SAME = ("loss", "grad_norm", "logps/chosen", "logps/rejected", "objective/scores", "eval/reward", "validation-same_loss", *OF_METHODS)
+# Batches of 5 of 8 prompts: the third step is in the second epoch.
+LISTS = {"beta": [0.5, 0.2], "alpha": [0.1, 0.02], "mixture_coef": [0.3, 0.8]}
+MIXTURE = {"candidates": "policy_mixture", "mixture_coef": LISTS["mixture_coef"]}
+BETA = {"beta": LISTS["beta"]}
+KINDS = {
+    "xpo": {"method": {"candidates": "policy_reference"}, "loss": {"function": "losses:xpo", "params": BETA | {"alpha": LISTS["alpha"]}}},
+    "nash_md": {"method": MIXTURE | {"soft_preference": True}, "loss": {"function": "losses:nash_md", "params": BETA}},
+    "online_dpo against the mixture": {"method": MIXTURE, "loss": {"function": "losses:dpo", "params": BETA}},
+    # One pair in the first step, none in the second, three in the third, whatever rank had their prompts.
+    "uneven": {
+        "judge": {"function": "tiny_runs:picky", "params": {"keep": [0, 6, 7]}},
+        "data": {"shuffle": False},
+        "train": {"global_batch_size": 3},
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -21,16 +37,13 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("layouts")
     # Tied: the first and the last stage each hold the embedding, and must sum its gradients.
     inputs = {kind: make_inputs(folder / kind, model) for kind, model in (("online", "qwen2_tied"), ("offline", "llama_tied"))}
-    # One pair in the first step, none in the second, three in the third, whatever rank had their prompts.
-    picky = {"judge": {"function": "tiny_runs:picky", "params": {"keep": [0, 6, 7]}}, "data": {"shuffle": False}}
     made = {}
 
     def run(kind: str, layout: str):
         if (kind, layout) not in made:
             world, parallel = LAYOUTS.get(layout, (1, {}))
             pairs = "offline" if kind == "offline" else "online"
-            groups = {**picky, "train": {"global_batch_size": 3}} if kind == "uneven" else {}
-            tree = options(inputs[pairs], folder / kind / layout, pairs, parallel=parallel, **groups)
+            tree = options(inputs[pairs], folder / kind / layout, pairs, parallel=parallel, **KINDS.get(kind, {}))
             assert run_distributed(run_training, world, tree) == [""] * world
             made[kind, layout] = metrics_of(folder / kind / layout), samples_of(folder / kind / layout)
         return made[kind, layout]
@@ -46,8 +59,11 @@ def compare(metrics: list[dict], single: list[dict]) -> None:
             assert record[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6), (record["step"], name)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", ["offline", "online"])
+OF_ALL = [(kind, layout) for kind in ("offline", "online") for layout in LAYOUTS]
+OF_METHODS_TOO = [(kind, layout) for kind in ("xpo", "nash_md", "online_dpo against the mixture") for layout in ("dp2", "tp2", "pp2")]
+
+
+@pytest.mark.parametrize(("kind", "layout"), OF_ALL + OF_METHODS_TOO)
 def test_runs_do_not_depend_on_the_layout(runs, kind, layout):
     metrics, samples = runs(kind, layout)
     single_metrics, single_samples = runs(kind, "one process")
@@ -56,6 +72,15 @@ def test_runs_do_not_depend_on_the_layout(runs, kind, layout):
     num_shares = 2 if "dp2" in layout else 1
     for step, expected in zip(samples, single_samples, strict=True):
         assert step == expected[::num_shares]  # the first rank's share
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"), [("xpo", ["beta", "alpha"]), ("nash_md", ["beta", "mixture_coef"]), ("online_dpo against the mixture", ["mixture_coef"])]
+)
+def test_numbers_of_each_epoch(runs, kind, names):
+    metrics, _ = runs(kind, "dp2")
+    for name in names:
+        assert [record[name] for record in metrics[1:]] == pytest.approx([LISTS[name][0]] * 2 + LISTS[name][1:]), name
 
 
 @pytest.mark.parametrize("layout", ["dp2", "tp2 pp2", "dp2 pp2"])

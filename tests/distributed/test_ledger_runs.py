@@ -1,6 +1,5 @@
 """The ledger of whole runs: the same at every layout, every metric recomputed from it, trained on again, replayed."""
 
-import importlib.util
 import shutil
 from pathlib import Path
 
@@ -8,9 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from distributed_run import run_distributed
-from tiny_runs import make_inputs, metrics_of, options, run_training
+from tiny_runs import make_inputs, metrics_of, options, replay, run_training
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = 3
 PENALTY = 0.25
 GROUPS = {
@@ -155,13 +153,6 @@ def test_training_offline_on_it_repeats_the_run(inputs, run_dir, tmp_path):
     assert run_distributed(run_training, 2, options(inputs, tmp_path / "run", "offline", data=data, **groups)) == ["", ""]
     for name in ("loss", "grad_norm", "rewards/margins", "logps/chosen"):
         assert [record[name] for record in metrics_of(tmp_path / "run")] == [record[name] for record in metrics_of(run_dir)], name
-
-
-def replay(*arguments: str) -> int:
-    spec = importlib.util.spec_from_file_location("replay", ROOT / "tools" / "replay.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main(list(arguments))
 
 
 def test_replay(run_dir, tmp_path, capfd):

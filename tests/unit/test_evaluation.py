@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizers import save_tokenizer
 
-from megapref.batch import Completion, PairLogps, Prompt
+from megapref.batch import Completion, Judgement, PairLogps, Prompt
 from megapref.data.chat import load_tokenizer
 from megapref.online.evaluation import evaluation, kl_to_reference, own_answers, summarise, wilson
-from megapref.online.judges import ask_rewards, decide_by_rewards
+from megapref.online.judges import ask_rewards, decide_by_judge, decide_by_rewards
 
 SETS = {"short": [Prompt([1], "a", {}, 0)], "long": [Prompt([2, 3, number], "b" * number, {}, number) for number in range(1, 5)]}
 SCORE = ask_rewards({"length": lambda prompts, completions: [float(len(c.ids)) for c in completions]})
@@ -45,9 +45,19 @@ def test_named_sets_are_apart_and_together():
 def test_every_rank_returns_what_one_process_does():
     alone, parts = players()[0](), []
     for rank in (0, 1):  # what each rank would give, then both
-        players(rank, 2, gather=lambda value: parts.append(value) or [value * 2] * 2)[0]()
+        players(rank, 2, gather=lambda value: parts.append(value) or [(value[0] * 2, value[1])] * 2)[0]()
     for rank in (0, 1):
         assert players(rank, 2, gather=lambda value: parts)[0]() == alone
+
+
+def test_what_judging_cost_is_that_of_all_ranks():
+    """Of means over both players' samples, such as each reward's, nothing is logged."""
+    judge = lambda prompts, first, second: Judgement([1.0] * len(prompts), [None] * len(prompts), {"judge/requests": (2 * len(prompts), 0)})  # noqa: E731
+    two_rewards = decide_by_rewards(lambda prompts, own: [{"a": 1.0, "b": 2.0}] * len(prompts), {"a": 1.0, "b": 1.0}, 0.0, "soft")
+    others = {"judge/requests": (3, 0), "judge/even": (1, 3)}
+    evaluate, _ = players(decide=decide_by_judge(judge, two_rewards), gather=lambda value: [value, ([], others)])
+    judged = {name: value for name, value in evaluate()[0].items() if "judge" in name or "scores" in name}
+    assert judged == {"eval/judge/requests": 13, "eval/judge/even": 1 / 8}
 
 
 @pytest.mark.parametrize(("moves", "times"), [(False, 1), (True, 3)])
@@ -60,7 +70,7 @@ def test_an_opponent_that_does_not_move_is_asked_once(moves, times):
 def test_a_rank_without_prompts_asks_as_often_as_the_others():
     whole = []
     players(gather=lambda value: whole.append(value) or [value])[0]()
-    evaluate, asked = players(5, 6, gather=lambda value: [[one] for one in whole[0]] + [value])
+    evaluate, asked = players(5, 6, gather=lambda value: [([one], {}) for one in whole[0][0]] + [value])
     assert evaluate() == evaluate() and asked == [0]
 
 
