@@ -95,11 +95,12 @@ def histogram_of(rows: list[tuple[PairLengths, float]]) -> list[tuple[PairLength
     return sorted(rows, key=lambda row: row[0].prompt + row[0].first + row[0].second)
 
 
-def lengths_of(row: Prompt | TokenPair | TokenCompletion, new_tokens: int) -> PairLengths:
-    """A row's tokens; a prompt's completions are taken to be as long as they may be."""
+def lengths_of(row: Prompt | TokenPair | TokenCompletion, new_tokens: int, max_length: int) -> PairLengths:
+    """A row's tokens; a prompt's completions are taken to be as long as they may be: `new_tokens`, or less where `max_length` ends them."""
     match row:
         case Prompt():
-            return PairLengths(len(row.ids), new_tokens, new_tokens)
+            new = min(new_tokens, max_length - len(row.ids))
+            return PairLengths(len(row.ids), new, new)
         case TokenCompletion():
             return PairLengths(len(row.prompt_ids), len(row.ids), 0)
     return PairLengths(len(row.prompt_ids), len(row.first_ids), len(row.second_ids))
@@ -110,10 +111,11 @@ def _histogram(cfg: Config, spec: ModelSpec) -> list[tuple[PairLengths, float]]:
     first = [dataclasses.replace(source, take=min(source.take or ROWS_READ, ROWS_READ)) for source in cfg.data.train]
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, train=first, validation={}, streaming=False))
     tokenizer = load_tokenizer(cfg.model.tokenizer or cfg.model.path, cfg.model.chat_template)
-    rows = load_data(cfg, tokenizer, spec.max_positions, is_of_completions(load_losses(cfg.loss)[0])).train
+    data = load_data(cfg, tokenizer, spec.max_positions, is_of_completions(load_losses(cfg.loss)[0]))
+    rows, new = data.train, cfg.generation.max_new_tokens
     shares = [weight / size for weight, size in zip(rows.weights or rows.sizes, rows.sizes, strict=True)]
     weights = [share for share, size in zip(shares, rows.sizes, strict=True) for _ in range(size)]
-    return histogram_of([(lengths_of(row, cfg.generation.max_new_tokens), weight) for row, weight in zip(rows, weights, strict=True)])
+    return histogram_of([(lengths_of(row, new, data.max_length), weight) for row, weight in zip(rows, weights, strict=True)])
 
 
 def _pairs_per_prompt(cfg: Config) -> int:

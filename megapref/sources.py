@@ -43,12 +43,13 @@ Load = Callable[[int], list[torch.nn.Module]]  # the model chunks of evaluation.
 class Data:
     """The tokenised rows of a run: prompts of an online method, else pairs; `counts` of what was changed while they were read.
 
-    Training rows that are read while training are a `Stream`.
+    Training rows that are read while training are a `Stream`. A prompt with a completion has at most `max_length` tokens.
     """
 
     train: Rows | Stream
     validation: dict[str, list]
     counts: dict[str, int]
+    max_length: int
 
 
 def load_data(cfg: Config, tokenizer: PreTrainedTokenizerBase, max_positions: int, unpaired: bool = False) -> Data:
@@ -56,32 +57,37 @@ def load_data(cfg: Config, tokenizer: PreTrainedTokenizerBase, max_positions: in
 
     ValueError for a row that cannot be used, in a pack or in a model of `max_positions`.
     """
-    load = partial(_load_prompts, cfg, tokenizer) if cfg.method.pairs == "online" else partial(_load_pairs, cfg, tokenizer, unpaired)
-    validation = {name: load([source])[0][: cfg.evaluation.max_prompts] for name, source in cfg.data.validation.items()}
+    is_online, max_length = cfg.method.pairs == "online", min(cfg.data.max_length or max_positions, max_positions)
 
-    def check(rows: Iterable) -> None:
-        longest = longest_sequence(cfg, rows)
+    def check(rows: Iterable, least: int = 0) -> None:
+        longest = max(longest_sequence(cfg, rows, max_length), least)
         if longest > max_positions:
             raise ValueError(
                 f"model.path={cfg.model.path} has {max_positions} positions (max_position_embeddings), but the longest prompt with its completion "
                 f"takes {longest} tokens; lower data.max_length, data.max_prompt_length or generation.max_new_tokens, or use another model"
             )
 
+    if is_online:  # a long prompt's completions get what it leaves; that even a short one's could not be whole is a mistake
+        check((), (cfg.data.max_prompt_length or 1) + cfg.generation.max_new_tokens)
+    load = partial(_load_prompts, cfg, tokenizer, max_length) if is_online else partial(_load_pairs, cfg, tokenizer, unpaired)
+    read = {name: load([source]) for name, source in cfg.data.validation.items()}
+    validation = {name: rows[: cfg.evaluation.max_prompts] for name, (rows, _) in read.items()}
     check(chain(*validation.values()))
     if cfg.data.streaming:
         options = pair_options(cfg, _pack_tokens(cfg)) | {"unpaired": unpaired}
-        return Data(Stream(cfg.data.train, tokenizer, options, cfg.data.shuffle_buffer, check), validation, {})
+        return Data(Stream(cfg.data.train, tokenizer, options, cfg.data.shuffle_buffer, check), validation, {}, max_length)
     train, counts = load(cfg.data.train)
     check(train)
-    return Data(train, validation, counts)
+    counts |= {key.replace("data/", f"data/validation-{name}_"): n for name, (_, own) in read.items() for key, n in own.items() if n}
+    return Data(train, validation, counts, max_length)
 
 
-def longest_sequence(cfg: Config, rows) -> int:
-    """The most tokens of a prompt and one completion, read or to be sampled, among prompts or pairs."""
+def longest_sequence(cfg: Config, rows: Iterable, max_length: int) -> int:
+    """The most tokens of a prompt and one completion among prompts or pairs; one that is to be sampled ends at `max_length`."""
 
     def length(row: Prompt | TokenPair | TokenCompletion) -> int:
         if isinstance(row, Prompt):
-            return len(row.ids) + cfg.generation.max_new_tokens
+            return min(len(row.ids) + cfg.generation.max_new_tokens, max_length)
         if isinstance(row, TokenCompletion):
             return len(row.prompt_ids) + len(row.ids)
         return len(row.prompt_ids) + max(len(row.first_ids), len(row.second_ids))
@@ -151,7 +157,7 @@ def online_source(
     Evaluation plays the policy against the reference, answers of the rows or another model.
     """
     engines = _engines(cfg, data, state, ref, load_opponent)
-    generate = make_generate(engines, cfg.generation, tokenizer, cfg.run.seed)
+    generate = make_generate(engines, cfg.generation, tokenizer, cfg.run.seed, data.max_length)
     decide = partial(verdicts.decide, cfg, *verdicts.place(cfg, load_judge))
     source = online_pairs(
         prompt_batches(data.train, **_deal(cfg, state)),
@@ -172,7 +178,7 @@ def online_source(
 
 def _engines(cfg: Config, data: Data, state: TrainState, ref: Reference | None, load_opponent: Load) -> dict[str, Callable]:
     """Of every model that samples, what generates."""
-    max_length = longest_sequence(cfg, chain(data.train, *data.validation.values()))
+    max_length = longest_sequence(cfg, chain(data.train, *data.validation.values()), data.max_length)
     policy = Engine(state.chunks[0], cfg.generation, max_length)
     engines = {"policy": policy.generate}
     if ref:
@@ -207,7 +213,7 @@ def _evaluation(
 ) -> Evaluate:
     against, temperature = cfg.evaluation.against, cfg.evaluation.temperature
     generation = cfg.generation if temperature is None else replace(cfg.generation, temperature=temperature)
-    generate = partial(make_generate(engines, generation, tokenizer, cfg.run.seed), step=_EVALUATION_STEP)
+    generate = partial(make_generate(engines, generation, tokenizer, cfg.run.seed, data.max_length), step=_EVALUATION_STEP)
     if against == "rows":
         prompts = list(chain(*data.validation.values()))
         answers = dict(zip(map(id, prompts), own_answers(prompts, cfg.evaluation.answers, tokenizer), strict=True))
@@ -251,8 +257,8 @@ def offline_source(cfg: Config, data: Data, state: TrainState, losses: list[Loss
     return offline_pairs(data.train, **_deal(cfg, state), counts=data.counts), evaluate_now
 
 
-def _load_prompts(cfg: Config, tokenizer: PreTrainedTokenizerBase, sources: list[Source]) -> tuple[Rows, dict[str, int]]:
-    return load_prompts(sources, tokenizer, **prompt_options(cfg, _pack_tokens(cfg)))
+def _load_prompts(cfg: Config, tokenizer: PreTrainedTokenizerBase, max_length: int, sources: list[Source]) -> tuple[Rows, dict[str, int]]:
+    return load_prompts(sources, tokenizer, **prompt_options(cfg, _pack_tokens(cfg), max_length))
 
 
 def _load_pairs(cfg: Config, tokenizer: PreTrainedTokenizerBase, unpaired: bool, sources: list[Source]) -> tuple[Rows, dict[str, int]]:

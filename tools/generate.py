@@ -35,14 +35,14 @@ def main(arguments: list[str] | None = None) -> int:
         if options.chat and not tokenizer.chat_template:
             raise ValueError(f"{folder}: its tokenizer has no chat template; leave out --chat to continue plain text")
         generation = Generation(options.max_new_tokens, options.temperature, options.top_p, options.top_k, options.stop)
-        engine = Engine(chunks[0], generation, max_length=chunks[0].max_sequence_length)
-        generate = make_generate({"policy": engine.generate}, generation, tokenizer, options.seed)
+        room = chunks[0].max_sequence_length
+        engine = Engine(chunks[0], generation, room)
+        generate = make_generate({"policy": engine.generate}, generation, tokenizer, options.seed, room)
 
         def complete(text: str, turn: int) -> list[str]:
             ids = tokenizer(text, add_special_tokens=not options.chat)["input_ids"]
-            room = chunks[0].max_sequence_length - options.max_new_tokens
-            if not 0 < len(ids) <= room:
-                raise ValueError(f"a prompt of {len(ids)} tokens does not fit: it must have 1 to {room} beside {options.max_new_tokens} new ones")
+            if not 0 < len(ids) < room:
+                raise ValueError(f"a prompt of {len(ids)} tokens does not fit: it must have 1 to {room - 1}, to leave some of the model's {room}")
             prompts = [Prompt(ids, text, {}, index) for index in range(options.samples)]
             return [completion.text for completion in generate(prompts, "policy", step=turn, side=0)]
 

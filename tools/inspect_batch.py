@@ -67,7 +67,7 @@ def load_rows(cfg: Config, tokenizer: PreTrainedTokenizerBase, dropped: list[Bad
     cfg = replace(cfg, data=replace(cfg.data, on_bad_row="skip", ties="skip"))
     pack_tokens = cfg.pack.max_tokens // _pad_multiple(cfg) * _pad_multiple(cfg)
     if cfg.method.pairs == "online":
-        return load_prompts(cfg.data.train, tokenizer, **prompt_options(cfg, pack_tokens), dropped=dropped)
+        return load_prompts(cfg.data.train, tokenizer, **prompt_options(cfg, pack_tokens, cfg.data.max_length), dropped=dropped)
     unpaired = is_of_completions(load_losses(cfg.loss)[0])
     return load_pairs(cfg.data.train, tokenizer, **pair_options(cfg, pack_tokens), unpaired=unpaired, dropped=dropped)
 

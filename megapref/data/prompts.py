@@ -24,14 +24,17 @@ def load_prompts(
     truncation: str = "keep_end",
     max_new_tokens: int | None = None,
     room: int | None = None,
+    max_length: int | None = None,
     on_bad_row: str = "error",
     dropped: list[BadRow] | None = None,
 ) -> tuple[Rows, dict[str, int]]:
-    """All prompts of the sources in order, and how many rows were changed: `data/dropped_rows`, `data/filtered_rows`, `data/truncated_rows`.
+    """All prompts of the sources in order, and how many rows were changed: `data/dropped_rows`, `data/filtered_rows`, `data/truncated_rows`, and
+    `data/shortened_rows`, whose completions have less than `max_new_tokens` left of `max_length`.
 
     A prompt of more than `max_prompt_length` tokens is cut to its end or start, or is a bad row with `truncation="error"`.
-    A prompt that is still over `room`, the tokens that a pack has left beside two completions, is a bad row. A source's `filter_length`
-    leaves out what is long beside `max_new_tokens`. `dropped` is filled with the reasons of all rows that are left out.
+    A prompt that is still over `room`, the tokens that a pack has left beside two completions, is a bad row, and so is one that leaves no token of
+    `max_length`, the most of a prompt with its completion. A source's `filter_length` leaves out what is long beside `max_new_tokens`.
+    `dropped` is filled with the reasons of all rows that are left out.
     """
     dropped = [] if dropped is None else dropped
     on_bad = bad_row_handler(on_bad_row, dropped)
@@ -41,7 +44,7 @@ def load_prompts(
 
     prompts: list[Prompt] = []
     ends: list[int] = []
-    num_truncated = 0
+    num_truncated = num_shortened = 0
     for source in sources:
         for row, ids, _, _ in tokenize(tokenizer, read_source(source, normalise, on_bad)):
             try:
@@ -50,26 +53,31 @@ def load_prompts(
                 if room is not None and len(kept) > room:
                     reason = f"prompt: {len(kept)} tokens, but a pack has room for {room} beside two completions; raise pack.max_tokens"
                     raise BadRow(row.location, f"{reason}, lower generation.max_new_tokens or set data.max_prompt_length")
+                if max_length is not None and len(kept) >= max_length:
+                    reason = f"prompt: {len(kept)} tokens leave none of {max_length} (data.max_length, or the model's positions) for a completion"
+                    raise BadRow(row.location, f"{reason}; set data.max_prompt_length to cut it")
             except Filtered as error:
                 dropped.append(error)
             except BadRow as error:
                 on_bad(error)
             else:
                 num_truncated += len(kept) < len(ids)
+                num_shortened += max_length is not None and max_new_tokens is not None and len(kept) + max_new_tokens > max_length
                 prompts.append(Prompt(kept, row.prompt, row.columns, index=len(prompts)))
         ends.append(len(prompts))
     check_any(prompts, sources, dropped)
     num_filtered = sum(isinstance(error, Filtered) for error in dropped)
     counts = {"data/dropped_rows": len(dropped) - num_filtered, "data/filtered_rows": num_filtered, "data/truncated_rows": num_truncated}
+    counts |= {"data/shortened_rows": num_shortened}
     return rows_of(prompts, ends, sources), counts
 
 
-def prompt_options(cfg: Any, pack_tokens: int) -> dict[str, Any]:
-    """The options of `load_prompts` as a config has them; `pack_tokens` is what a pack has room for."""
+def prompt_options(cfg: Any, pack_tokens: int, max_length: int | None) -> dict[str, Any]:
+    """The options of `load_prompts` as a config has them; a pack has room for `pack_tokens`, a prompt with its completion for `max_length`."""
     options = {name: getattr(cfg.data, name) for name in ("max_prompt_length", "truncation", "on_bad_row")}
     new = cfg.generation.max_new_tokens
     room = pack_tokens - 2 * new
-    return options | {"max_new_tokens": new, "room": room if cfg.pack.share_prompt else room // 2}
+    return options | {"max_new_tokens": new, "room": room if cfg.pack.share_prompt else room // 2, "max_length": max_length}
 
 
 def cut_prompt(ids: list[int], limit: int | None, truncation: str, location: Location) -> list[int]:

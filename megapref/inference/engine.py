@@ -14,14 +14,14 @@ from megapref.inference.stopping import ends_with_stop
 
 
 def make_generate(
-    engines: dict[str, Callable[..., list[list[int]]]], generation: Generation, tokenizer: PreTrainedTokenizerBase, seed: int
+    engines: dict[str, Callable[..., list[list[int]]]], generation: Generation, tokenizer: PreTrainedTokenizerBase, seed: int, max_length: int
 ) -> Callable[..., list[Completion]]:
     """`generate(prompts, model, *, step, side)`: one completion of `model` ("policy", "reference") for each prompt.
 
     `engines` has the `mcore.generation.Engine.generate` of each model.
 
     A sample is a function of (seed, step, prompt index, side) and the weights. Completions end after their first end-of-text token or stop string,
-    which are kept: what is judged is what is trained on.
+    which are kept: what is judged is what is trained on. A prompt with its completion has at most `max_length` tokens.
     """
     sampling = Sampling(generation.temperature, generation.top_k, generation.top_p)
     ends = ends_with_stop(tokenizer, generation.stop)
@@ -32,7 +32,7 @@ def make_generate(
         def draw(logits, requests, positions):
             return sample(logits, uniforms(request_keys[requests], positions), sampling)
 
-        limits = [generation.max_new_tokens] * len(prompts)
+        limits = [min(generation.max_new_tokens, max_length - len(prompt.ids)) for prompt in prompts]
         made = engines[model]([list(prompt.ids) for prompt in prompts], draw, limits, tokenizer.eos_token_id, ends)
         return [Completion(ids, tokenizer.decode(ids, skip_special_tokens=True), finished(ids)) for ids in made]
 

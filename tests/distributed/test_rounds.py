@@ -123,3 +123,22 @@ def test_the_end_within_a_round_is_no_place_to_go_on_from(inputs, whole, tmp_pat
     generation = {**GROUPS["generation"], "sync_every": 7}
     longer = {**GROUPS, "train": {"steps": 8}, "save": {}, "generation": generation}
     assert len(ledger_of(trained(inputs, tmp_path / "other", **longer, run=start))) == 1
+
+
+def test_no_sequence_is_longer_than_it_may_be_and_what_that_changes_is_counted(inputs, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(inputs["model"])
+    sizes, limit = (2, 6, 9, 12), 12  # eight tokens follow the first, six and three the next, and none the last
+    prompts = ["x" * size for size in sizes]
+    assert tuple(len(tokenizer(text)["input_ids"]) for text in prompts) == sizes
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts))
+    data = {"train": [{"path": str(path)}], "validation": {"same": {"path": str(path)}}, "max_length": limit, "on_bad_row": "skip"}
+    tree = {"data": data, "train": {"steps": 2, "global_batch_size": 3}, "generation": {**GROUPS["generation"], "sync_every": 1, "stop": []}}
+    run_dir = trained(inputs, tmp_path / "run", **tree, save={})
+    counted = {name: value for name, value in metrics_of(run_dir)[1].items() if name.startswith("data/")}
+    assert counted["data/dropped_rows"] == counted["data/validation-same_dropped_rows"] == 1
+    assert counted["data/shortened_rows"] == counted["data/validation-same_shortened_rows"] == 2
+    rows = [row for step in ledger_of(run_dir) for row in step]
+    lengths = {(len(row["prompt_ids"]), len(row[f"{side}_ids"]), row[f"{side}_finished"]) for row in rows for side in ("first", "second")}
+    assert all(new == min(8, limit - size) for size, new, finished in lengths if not finished)
+    assert {size for size, _, finished in lengths if not finished} == set(sizes[:3])

@@ -226,9 +226,10 @@ def test_all_pairs_of_several_candidates_are_counted(inputs, tmp_path):
 def test_lengths_of_rows():
     from megapref.batch import Prompt, TokenCompletion, TokenPair
 
-    assert lengths_of(Prompt([1, 2], "", {}, 0), 9) == PairLengths(2, 9, 9)
-    assert lengths_of(TokenPair([1], [2, 3], [4]), 9) == PairLengths(1, 2, 1)
-    assert lengths_of(TokenCompletion([1], [2, 3], True), 9) == PairLengths(1, 2, 0)
+    assert lengths_of(Prompt([1, 2], "", {}, 0), 9, 20) == PairLengths(2, 9, 9)
+    assert lengths_of(Prompt([1, 2], "", {}, 0), 9, 8) == PairLengths(2, 6, 6)
+    assert lengths_of(TokenPair([1], [2, 3], [4]), 9, 20) == PairLengths(1, 2, 1)
+    assert lengths_of(TokenCompletion([1], [2, 3], True), 9, 20) == PairLengths(1, 2, 0)
 
 
 def test_tables_of_the_scaling_page_are_what_its_commands_print(capsys, monkeypatch):

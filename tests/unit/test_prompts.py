@@ -34,7 +34,7 @@ def test_prompts_have_tokens_text_and_their_rows_columns(tokenizer, source):
     prompts, counts = load_prompts([source], tokenizer)
     assert [(p.text, p.index, p.row["answer"]) for p in prompts] == [(text, i, i) for i, text in enumerate(TEXTS)]
     assert [p.ids for p in prompts] == [tokenizer(text).input_ids for text in TEXTS]
-    assert counts == {"data/dropped_rows": 0, "data/filtered_rows": 0, "data/truncated_rows": 0}
+    assert counts == {"data/dropped_rows": 0, "data/filtered_rows": 0, "data/truncated_rows": 0, "data/shortened_rows": 0}
 
 
 def test_long_prompts_keep_an_end_or_a_start_or_are_refused(tokenizer, source):
@@ -55,6 +55,42 @@ def test_a_prompt_longer_than_the_pack_is_refused_or_skipped(tokenizer, source):
     assert [p.text for p in prompts] == [TEXTS[0], TEXTS[2]] and counts["data/dropped_rows"] == 1
     with pytest.raises(ValueError, match=r"no usable row in .*prompts.jsonl; the first of 3 dropped rows"):
         load_prompts([source], tokenizer, room=0, on_bad_row="skip")
+
+
+def test_a_prompt_near_the_longest_sequence_is_counted_and_one_without_room_is_bad(tokenizer, source):
+    sizes = [len(tokenizer(text).input_ids) for text in TEXTS]
+    assert sorted(sizes)[1] < max(sizes)
+    prompts, counts = load_prompts([source], tokenizer, max_new_tokens=4, max_length=max(sizes) + 1)
+    assert len(prompts) == 3 and counts["data/shortened_rows"] == sum(size + 4 > max(sizes) + 1 for size in sizes) >= 1
+    with pytest.raises(BadRow, match=rf"row 2: prompt: {max(sizes)} tokens leave none of {max(sizes)} \(data.max_length, or the model's positions"):
+        load_prompts([source], tokenizer, max_new_tokens=4, max_length=max(sizes))
+    prompts, counts = load_prompts([source], tokenizer, max_new_tokens=1, max_length=max(sizes), on_bad_row="skip")
+    assert [p.text for p in prompts] == [TEXTS[0], TEXTS[2]] and (counts["data/dropped_rows"], counts["data/shortened_rows"]) == (1, 0)
+
+
+def test_prompts_of_all_kinds_and_sources_in_one_data_set(tokenizer, tmp_path):
+    def file(name, *rows):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(tmp_path / name)
+
+    system, user = {"role": "system", "content": "the old house"}, {"role": "user", "content": "hello there"}
+    questions = file("questions.jsonl", *({"question": text, "answer": text.upper()} for text in TEXTS))
+    messages = file("messages.jsonl", {"talk": [system, user], "level": 1}, {"talk": [user], "level": 2}, {"talk": [user], "level": 3})
+    asked = [{"role": "system", "content": "it is {answer}"}, {"role": "user", "content": "{question}?"}]
+    sources = [
+        Source(questions, template={"prompt": "two and {question}: "}, take=2),
+        Source(messages, columns={"prompt": "talk"}, take=2),
+        Source(questions, template={"prompt": asked}),
+    ]
+    prompts, counts = load_prompts(sources, tokenizer)
+    assert prompts.sizes == (2, 2, 3) and [p.index for p in prompts] == list(range(7)) and set(counts.values()) == {0}
+    assert [p.text for p in prompts[:2]] == ["two and the cat: ", "two and a dog ran to the old house: "]
+    talks = [[system, user], [user], *([{**asked[0], "content": f"it is {t.upper()}"}, {**asked[1], "content": f"{t}?"}] for t in TEXTS)]
+    for prompt, talk in zip(prompts[2:], talks, strict=True):
+        assert prompt.text == tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+        assert prompt.ids == tokenizer(prompt.text, add_special_tokens=False).input_ids
+    assert [p.row.get("level") for p in prompts] == [None, None, 1, 2, None, None, None]  # rewards see the row's other columns
+    assert [p.row.get("answer") for p in prompts] == [*(t.upper() for t in TEXTS[:2]), None, None, *(t.upper() for t in TEXTS)]
 
 
 @given(st.integers(1, 30), st.integers(1, 12), st.integers(0, 5), st.integers(1, 4))
@@ -93,8 +129,8 @@ def test_ranks_share_a_step_and_a_resumed_run_goes_on():
 
 def test_options_filter_and_order_come_from_the_config(tokenizer, source):
     cfg = Config(data=Data(on_bad_row="skip"), generation=Generation(max_new_tokens=4))
-    options = prompt_options(cfg, pack_tokens=100)
-    assert options["room"] == 92 and prompt_options(dataclasses.replace(cfg, pack=Pack(share_prompt=False)), 100)["room"] == 46
+    options = prompt_options(cfg, pack_tokens=100, max_length=60)
+    assert options["room"] == 92 and prompt_options(dataclasses.replace(cfg, pack=Pack(share_prompt=False)), 100, None)["room"] == 46
     prompts, counts = load_prompts([dataclasses.replace(source, filter_length=True)], tokenizer, **options)
     short = [text for text in TEXTS if len(tokenizer(text).input_ids) <= 3.6]
     assert [p.text for p in prompts] == short and counts["data/filtered_rows"] == len(TEXTS) - len(short) > 0

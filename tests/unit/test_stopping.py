@@ -61,11 +61,11 @@ def test_completions_end_with_it_and_keep_it(tokenizer):
     written = [tokenizer(text)["input_ids"] for text in ("the cat sat on the mat", "hello there<|im_end|>", "a dog ran")]
 
     def engine(prompts, draw, max_new_tokens, stop_id, ends):
-        assert stop_id == tokenizer.eos_token_id and max_new_tokens == [30] * 3
+        assert stop_id == tokenizer.eos_token_id and max_new_tokens == [29, 28, 27]
         return [ids[: first_end(ends, ids)] for ids in written]
 
-    generate = make_generate({"policy": engine}, Generation(max_new_tokens=30, stop=["on t"]), tokenizer, 0)
-    made = generate([Prompt([5], "", {}, index) for index in range(3)], "policy", step=0, side=0)
+    generate = make_generate({"policy": engine}, Generation(max_new_tokens=30, stop=["on t"]), tokenizer, 0, 30)
+    made = generate([Prompt([5] * (1 + index), "", {}, index) for index in range(3)], "policy", step=0, side=0)
     assert [(one.text, one.finished) for one in made] == [("the cat sat on the", True), ("hello there", True), ("a dog ran", False)]
     assert [tokenizer.decode(one.ids) for one in made] == ["the cat sat on the", "hello there<|im_end|>", "a dog ran"]
 
