@@ -54,9 +54,6 @@ def read_hf_config(path: str) -> dict[str, Any] | None:
 
 def _layout(cfg: Config, world_size: int | None) -> Iterator[str]:
     p = cfg.parallel
-    for name in ("virtual_pipeline", "context"):
-        if getattr(p, name) > 1:
-            yield f"parallel.{name}={getattr(p, name)} is not supported; use 1"
     if p.sequence and p.tensor == 1:
         yield "parallel.sequence=true needs parallel.tensor > 1, it is 1; use parallel.sequence=false or more tensor ranks"
     if world_size is None:
@@ -79,7 +76,7 @@ def _layout(cfg: Config, world_size: int | None) -> Iterator[str]:
 def _model(cfg: Config, hf_config: dict[str, Any] | None) -> Iterator[str]:
     if hf_config is None:
         return
-    tensor, pipeline, expert = cfg.parallel.tensor, cfg.parallel.pipeline, cfg.parallel.expert
+    tensor, expert = cfg.parallel.tensor, cfg.parallel.expert
     heads = hf_config.get("num_attention_heads")
     kv_heads = hf_config.get("num_key_value_heads") or heads
     divided = [
@@ -87,7 +84,11 @@ def _model(cfg: Config, hf_config: dict[str, Any] | None) -> Iterator[str]:
         ("tensor", tensor, "num_attention_heads", heads),
         ("tensor", tensor, "intermediate_size", hf_config.get("intermediate_size")),
     ]
-    divided.append(("pipeline", pipeline, "num_hidden_layers", hf_config.get("num_hidden_layers")))
+    if hf_config.get("num_hidden_layers"):
+        try:
+            cfg.parallel.stage_layers(hf_config["num_hidden_layers"])
+        except ValueError as error:
+            yield str(error)
     experts = next((hf_config[key] for key in NUM_EXPERTS_KEYS if hf_config.get(key)), None)
     if experts:
         divided.append(("expert", expert, "number of experts", experts))
@@ -95,10 +96,11 @@ def _model(cfg: Config, hf_config: dict[str, Any] | None) -> Iterator[str]:
         yield f"parallel.expert={expert} needs a mixture-of-experts model, {cfg.model.path} is none; use 1"
     for name, value, of, total in divided:
         if total and total % value:
-            yield f"parallel.{name}={value} does not divide the model's {of}={total}; use {_divisors(total)}"
+            yield f"parallel.{name}={value} does not divide the model's {of}={total}; use {divisors(total)}"
 
 
-def _divisors(n: int) -> str:
+def divisors(n: int) -> str:
+    """Returns what divides `n`, as a message lists it."""
     found = [str(d) for d in range(1, n + 1) if n % d == 0]
     return f"{', '.join(found[:-1])} or {found[-1]}" if n > 1 else "1"
 

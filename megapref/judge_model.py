@@ -49,10 +49,10 @@ def _read(name: str):
 
 def _logps(cfg: Config, in_place, pairs: list[TokenPair]) -> list[tuple[float, float]]:
     """The log-probability of each pair's two sides after its prompt, the same on every rank of the model's group."""
-    multiple = cfg.parallel.tensor if cfg.parallel.sequence else 1
     numbered = [replace(pair, extras={"number": float(i)}) for i, pair in enumerate(pairs)]  # the packs say which pairs are in them by this
-    longest = max(map(pair_tokens, pairs)) + multiple - 1
-    packs = pack(numbered, max_tokens=max(cfg.pack.max_tokens, longest), pad_multiple=multiple)[0]
+    longest = max(map(pair_tokens, pairs)) + cfg.parallel.pad_multiple - 1
+    multiples = {"pad_multiple": cfg.parallel.pad_multiple, "pack_multiple": cfg.parallel.pack_multiple}
+    packs = pack(numbered, max_tokens=max(cfg.pack.max_tokens, longest), **multiples)[0]
     with in_place() as chunks:
         scored = score_packs(chunks, packs)
     found: dict[int, tuple[float, float]] = {}

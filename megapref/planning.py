@@ -18,7 +18,7 @@ from megapref.online.pairs import models_of
 from megapref.plan.hardware import Gpu
 from megapref.plan.layouts import Plan, Runnable, make_plan
 from megapref.plan.memory import Kernels
-from megapref.plan.shapes import Layout
+from megapref.plan.shapes import Layout, stage_layers
 from megapref.plan.workload import Job, PairLengths, spread
 from megapref.sources import load_data
 
@@ -29,7 +29,7 @@ def plan_config(cfg: Config, num_gpus: int, gpu: Gpu, kernels: Kernels = "torch"
     """The plan of the config's run. Errors: ValueError for rows, or a layout, that cannot be used."""
     spec = read_model(cfg.model.path)
     data = num_gpus // (cfg.parallel.tensor * cfg.parallel.pipeline * cfg.parallel.context)
-    shared = {name: getattr(cfg.parallel, name) for name in ("tensor", "pipeline", "virtual_pipeline", "context", "sequence")}
+    shared = {name: getattr(cfg.parallel, name) for name in ("tensor", "pipeline", "virtual_pipeline", "context", "sequence", "recompute")}
     check_layout(spec, cfg.parallel)
     return make_plan(spec, job_of(cfg, spec), gpu, num_gpus, kernels, obstacles(spec), asked=Layout(**shared, data=data))
 
@@ -56,11 +56,11 @@ def obstacles(spec: ModelSpec) -> Runnable:
     """Says of a layout why the product cannot run it today, None where it can."""
 
     def why(layout: Layout) -> str | None:
-        if layout.recompute != "none":
-            return f"recompute={layout.recompute} has no option yet"
         names = [f.name for f in dataclasses.fields(Parallel) if hasattr(layout, f.name)]
+        layers = stage_layers(spec.transformer["num_layers"], layout.pipeline)
+        ends = {"first_stage_layers": layers[0], "last_stage_layers": layers[-1]} if layers and len(set(layers)) > 1 else {}
         try:
-            check_layout(spec, Parallel(**{name: getattr(layout, name) for name in names}))
+            check_layout(spec, Parallel(**{name: getattr(layout, name) for name in names}, **ends))
         except ValueError as error:
             return str(error).partition(";")[0]
         return None

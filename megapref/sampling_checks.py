@@ -35,6 +35,9 @@ def _lengths(cfg: Config) -> Iterator[str]:
 
 
 def _candidates(cfg: Config) -> Iterator[str]:
+    for name in ("virtual_pipeline", "context"):
+        if getattr(cfg.parallel, name) > 1:
+            yield f"parallel.{name}={getattr(cfg.parallel, name)} has no way to sample; method.pairs=online needs parallel.{name}=1"
     method, mode = cfg.method, cfg.reference.mode
     fitting = {"policy_policy": None, "policy_reference": ("resident", "swapped"), "policy_mixture": ("resident",)}[method.candidates]
     if fitting and mode not in fitting:

@@ -136,7 +136,8 @@ def packs_of(cfg: Config, pairs: list[TokenPair] | list[TokenCompletion]) -> tup
         max_tokens=cfg.pack.max_tokens,
         num_ranks=setup.data_parallel_size(),
         share_prompt=cfg.pack.share_prompt,
-        pad_multiple=_pad_multiple(cfg),
+        pad_multiple=cfg.parallel.pad_multiple,
+        pack_multiple=cfg.parallel.pack_multiple,
     )
     return packs[setup.data_parallel_rank()], packing_stats(packs)
 
@@ -265,12 +266,8 @@ def _load_pairs(cfg: Config, tokenizer: PreTrainedTokenizerBase, unpaired: bool,
     return load_pairs(sources, tokenizer, **pair_options(cfg, _pack_tokens(cfg)), unpaired=unpaired)
 
 
-def _pad_multiple(cfg: Config) -> int:
-    return cfg.parallel.tensor if cfg.parallel.sequence else 1
-
-
 def _pack_tokens(cfg: Config) -> int:
-    return cfg.pack.max_tokens // _pad_multiple(cfg) * _pad_multiple(cfg)
+    return cfg.pack.max_tokens // cfg.parallel.pad_multiple * cfg.parallel.pad_multiple
 
 
 def _deal(cfg: Config, state: TrainState) -> dict:

@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
 def load_rows(cfg: Config, tokenizer: PreTrainedTokenizerBase, dropped: list[BadRow]) -> tuple[Rows, dict[str, int]]:
     """The rows that training would have with bad rows and ties skipped, and what was counted; `dropped` gets the reasons."""
     cfg = replace(cfg, data=replace(cfg.data, on_bad_row="skip", ties="skip"))
-    pack_tokens = cfg.pack.max_tokens // _pad_multiple(cfg) * _pad_multiple(cfg)
+    pack_tokens = cfg.pack.max_tokens // cfg.parallel.pad_multiple * cfg.parallel.pad_multiple
     if cfg.method.pairs == "online":
         return load_prompts(cfg.data.train, tokenizer, **prompt_options(cfg, pack_tokens, cfg.data.max_length), dropped=dropped)
     unpaired = is_of_completions(load_losses(cfg.loss)[0])
@@ -136,7 +136,13 @@ def show_packs(
     console: Console, cfg: Config, tokenizer: PreTrainedTokenizerBase, rows: list[TokenPair] | list[TokenCompletion], options: argparse.Namespace
 ) -> None:
     """Prints the packs of a step, as one data-parallel rank has them."""
-    packs = pack(rows, max_tokens=cfg.pack.max_tokens, share_prompt=cfg.pack.share_prompt, pad_multiple=_pad_multiple(cfg))
+    packs = pack(
+        rows,
+        max_tokens=cfg.pack.max_tokens,
+        share_prompt=cfg.pack.share_prompt,
+        pad_multiple=cfg.parallel.pad_multiple,
+        pack_multiple=cfg.parallel.pack_multiple,
+    )
     stats, kind = packing_stats(packs), KINDS[type(rows[0])]
     saved = f", {stats['pack/tokens_saved']:.1%} of the tokens saved by sharing prompts" if kind == "pairs" else ""
     heading = f"\nStep {options.step}: {kind} {len(rows)}, packs {len(packs[0])}, efficiency {stats['pack/efficiency']:.3f}{saved}"
@@ -210,10 +216,6 @@ def _show_run(console: Console, tokenizer: PreTrainedTokenizerBase, batch: Packe
 def _visible(text: str) -> str:
     """The text on one line, with marks for what cannot be seen."""
     return "".join({"\n": "⏎", "\t": "→"}.get(letter, letter if letter.isprintable() else "�") for letter in text)
-
-
-def _pad_multiple(cfg: Config) -> int:
-    return cfg.parallel.tensor if cfg.parallel.sequence else 1
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

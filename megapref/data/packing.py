@@ -22,8 +22,9 @@ def pack(
     num_ranks: int = 1,
     share_prompt: bool = True,
     pad_multiple: int = 1,
+    pack_multiple: int = 1,
 ) -> list[list[PackedBatch]]:
-    """The packs of every data-parallel rank, `[num_ranks][packs]`, equally many for each.
+    """The packs of every data-parallel rank, `[num_ranks][packs]`, equally many for each, a multiple of `pack_multiple`.
 
     A pack holds at most `max_tokens` tokens, padded to a multiple of `pad_multiple`; rows keep the step's order within a pack.
     With `share_prompt` a pair is `[prompt | first | second]` and the second side attends to the prompt as its prefix;
@@ -46,12 +47,12 @@ def pack(
             return batch
         return replace(batch, cell_K=batch.cell_K // 2, preference_P=None, desirable_C=torch.tensor([rows[i].desirable for i in group]).bool())
 
-    return [[lay_out(group) for group in groups] for groups in assign(sizes, capacity, num_ranks)]
+    return [[lay_out(group) for group in groups] for groups in assign(sizes, capacity, num_ranks, pack_multiple)]
 
 
-def assign(sizes: Sequence[int], capacity: int, num_ranks: int) -> list[list[list[int]]]:
+def assign(sizes: Sequence[int], capacity: int, num_ranks: int, pack_multiple: int = 1) -> list[list[list[int]]]:
     """The numbers of the rows in each pack of each rank, `[num_ranks][packs][rows]`, from the rows' sizes alone."""
-    return _deal(_group(sizes, capacity, num_ranks), sizes, num_ranks)
+    return _deal(_group(sizes, capacity, num_ranks * pack_multiple), sizes, num_ranks)
 
 
 def pair_tokens(pair: TokenPair, *, share_prompt: bool = True) -> int:
@@ -88,11 +89,11 @@ def _check(pairs: Sequence[TokenPair], sizes: list[int], capacity: int) -> None:
             )
 
 
-def _group(sizes: Sequence[int], capacity: int, num_ranks: int) -> list[list[int]]:
-    """Groups of pair numbers, a multiple of `num_ranks`: as few as first-fit decreasing needs, evenly filled where that fits."""
+def _group(sizes: Sequence[int], capacity: int, multiple: int) -> list[list[int]]:
+    """Groups of pair numbers, a `multiple` of them: as few as first-fit decreasing needs, evenly filled where that fits."""
     largest_first = sorted(range(len(sizes)), key=lambda i: -sizes[i])
     fitted = _first_fit(largest_first, sizes, capacity)
-    num_packs = num_ranks * max(1, -(-len(fitted) // num_ranks))
+    num_packs = multiple * max(1, -(-len(fitted) // multiple))
     groups = _balanced(largest_first, sizes, capacity, num_packs)
     return groups or fitted + [[] for _ in range(num_packs - len(fitted))]
 

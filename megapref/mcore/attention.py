@@ -2,6 +2,9 @@
 
 Each segment attends to its prefix (the shared prompt, stored once) and causally to itself; autograd adds up the gradients that the prefix gets
 from several segments. Short segments of similar size are computed together in one padded call, long ones each in a call of their own.
+
+Context-parallel ranks have some of a pack's rows each (`context_rows`). Each computes the attention of its own queries; keys and values of all ranks
+are gathered, which costs little as there are few of their heads.
 """
 
 from __future__ import annotations
@@ -11,7 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import is_layer_window_attention
@@ -37,10 +42,10 @@ class SegmentGroup:
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """How a pack's attention is computed, made once and used by every layer.
+    """How a rank computes the attention of its rows of a pack, made once and used by every layer.
 
-    Rows are gathered in the order of the groups, `sizes_q` and `sizes_kv` of them for each, and `order_T` puts the output back into pack
-    order; where an index is None the rows are in order already.
+    Rows are gathered in the order of the groups, `sizes_q` and `sizes_kv` of them for each, and `order_T` puts the output back into the order of
+    the rows; where an index is None the rows are in order already. Keys are numbered as they come when those of context-parallel ranks are joined.
     """
 
     groups: tuple[SegmentGroup, ...]
@@ -65,32 +70,56 @@ class SegmentParams(PackedSeqParams):
 
 
 def segment_params(
-    segments_S: Tensor, max_length: int, device: torch.device, output_rows: Tensor | None, window: int | None = None
+    segments_S: Tensor,
+    num_tokens: int,
+    device: torch.device,
+    output_rows: Tensor | None,
+    window: int | None = None,
+    context: tuple[int, int] = (1, 0),
 ) -> SegmentParams:
     """The layers' arguments for a pack with these segments [S, 4] (query start, query length, prefix start, prefix length).
 
-    `window`: how many tokens, itself included, a token sees in layers that have a sliding window.
+    `window`: how many tokens, itself included, a token sees in layers that have a sliding window. `context`: how many context-parallel ranks
+    there are and which this is; `output_rows` counts its own rows.
     """
-    plan = attention_plan(segments_S, device)
+    plan = attention_plan(segments_S, device, num_tokens, context=context)
     longest = int((segments_S[:, 1] + segments_S[:, 3]).max())
-    window_plan = plan if window is None or longest <= window else attention_plan(segments_S, device, window)
+    window_plan = plan if window is None or longest <= window else attention_plan(segments_S, device, num_tokens, window, context)
     return SegmentParams(
         qkv_format="sbhd",
-        max_seqlen_q=max_length,
-        max_seqlen_kv=max_length,
+        max_seqlen_q=num_tokens,
+        max_seqlen_kv=num_tokens,
         plan=plan,
         window_plan=window_plan,
         output_rows=output_rows,
     )
 
 
-def attention_plan(segments_S: Tensor, device: torch.device, window: int | None = None) -> AttentionPlan:
-    """Groups segments so that few calls compute them with little padding."""
-    pieces = [piece for segment in segments_S.tolist() for piece in _pieces(*segment, window)]
+def context_rows(num_tokens: int, size: int) -> np.ndarray:
+    """[size, num_tokens / size] the rows of a pack that each context-parallel rank has.
+
+    Of 2 * size equal parts rank r has those numbered r and 2 * size - 1 - r, so that queries with few and with many keys are dealt out evenly.
+    """
+    if size == 1:
+        return np.arange(num_tokens)[None]
+    parts = np.arange(num_tokens).reshape(2 * size, -1)
+    return np.concatenate([parts[:size], parts[: size - 1 : -1]], 1)
+
+
+def attention_plan(
+    segments_S: Tensor, device: torch.device, num_tokens: int, window: int | None = None, context: tuple[int, int] = (1, 0)
+) -> AttentionPlan:
+    """Groups segments, or what a context-parallel rank has of them, so that few calls compute them with little padding."""
+    size, rank = context
+    rows = context_rows(num_tokens, size)
+    runs = [(run[0], run[-1] + 1) for run in np.split(rows[rank], np.flatnonzero(np.diff(rows[rank]) != 1) + 1)]
+    pieces = [piece for segment in segments_S.tolist() for run in runs for piece in _pieces(*segment, *run, window)]
     by_size = sorted(pieces, key=lambda piece: (len(piece[0]), len(piece[1]), piece[0][0]))
     parts = [_group(members, window, device) for members in sorted(_join_short(by_size), key=lambda members: members[0][0][0])]
     groups, rows_q, rows_kv = zip(*parts, strict=True)
     index_q, index_kv = np.concatenate(rows_q), np.concatenate(rows_kv)
+    if size > 1:
+        index_q, index_kv = _numbered(index_q, rows[rank]), _numbered(index_kv, rows.ravel())
     order = np.argsort(index_q, kind="stable")[(index_q < 0).sum() :]
     return AttentionPlan(
         groups,
@@ -100,17 +129,25 @@ def attention_plan(segments_S: Tensor, device: torch.device, window: int | None 
     )
 
 
-def _pieces(start: int, length: int, prefix_start: int, prefix: int, window: int | None) -> Iterator[_Piece]:
-    """A segment's rows; under a window those of parts of a long segment, each with the keys in reach of it."""
-    if length == 0:
-        return
+def _pieces(start: int, length: int, prefix_start: int, prefix: int, first: int, end: int, window: int | None) -> Iterator[_Piece]:
+    """A segment's rows among those from `first` to `end`; under a window those of parts of a long segment, each with the keys in reach of it."""
     rows = np.concatenate([np.arange(prefix_start, prefix_start + prefix), np.arange(start, start + length)])
-    if window is None or len(rows) <= window:
-        yield rows[prefix:], rows
+    low, high = (prefix + min(max(row - start, 0), length) for row in (first, end))
+    if low == high:
         return
-    step = max(window, _LEAST_WINDOW_PART)
-    for first in range(prefix, len(rows), step):
-        yield rows[first : first + step], rows[max(first - window + 1, 0) : first + step]
+    if window is None or high <= window:
+        yield rows[low:high], rows[:high]
+        return
+    for at in range(low, high, step := max(window, _LEAST_WINDOW_PART)):
+        to = min(at + step, high)
+        yield rows[at:to], rows[max(at - window + 1, 0) : to]
+
+
+def _numbered(index: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The places in `rows` of the pack's rows in `index`; -1 stays."""
+    places = np.full(rows.max() + 2, -1)
+    places[rows] = np.arange(len(rows))
+    return places[index]
 
 
 def _in_order(index: np.ndarray) -> bool:
@@ -154,7 +191,7 @@ def _group(members: list[_Piece], window: int | None, device: torch.device) -> t
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float | None) -> Tensor:
-    """Attention of a pack: query [T, N, D], key and value [T, groups, D] to [T, N, D]."""
+    """Attention of a rank's rows of a pack: query [T, N, D], key and value [rows of all context-parallel ranks, groups, D] to [T, N, D]."""
     # One gather and one split for all groups: slices taken group by group would each cost a gradient of the whole pack's size.
     parts = (
         _rows(x, index).split(sizes)
@@ -175,6 +212,24 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | N
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
+
+
+class _GatherRows(torch.autograd.Function):
+    """The rows of all context-parallel ranks, one rank's after the other's; each rank's gradient is the sum of all that used its rows."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor) -> Tensor:
+        group = parallel_state.get_context_parallel_group()
+        gathered = rows.new_empty(group.size() * len(rows), *rows.shape[1:])
+        dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group)
+        return gathered
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        group = parallel_state.get_context_parallel_group()
+        mine = gradient.new_empty(len(gradient) // group.size(), *gradient.shape[1:])
+        dist.reduce_scatter_tensor(mine, gradient.contiguous(), group=group)
+        return mine
 
 
 class SegmentAttention(MegatronModule):
@@ -213,13 +268,17 @@ class SegmentAttention(MegatronModule):
     ) -> Tensor:
         """[s, b, N * D]."""
         if packed_seq_params is None:
+            assert self.config.context_parallel_size == 1, "context parallelism splits packs"
             q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
             length = len(query)
             is_cut = self.window is not None and length > self.window
             mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - self.window) if is_cut else None
             return _sdpa(q, k, v, mask, self.softmax_scale).permute(2, 0, 1, 3).flatten(2)
         plan = packed_seq_params.plan if self.window is None else packed_seq_params.window_plan
-        out = attend(query[:, 0], key[:, 0], value[:, 0], plan, self.softmax_scale)
+        query, key, value = query[:, 0], key[:, 0], value[:, 0]
+        if self.config.context_parallel_size > 1:
+            key, value = _GatherRows.apply(torch.stack([key, value], 1)).unbind(1)
+        out = attend(query, key, value, plan, self.softmax_scale)
         return out.flatten(1)[:, None]
 
 

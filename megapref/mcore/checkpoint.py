@@ -100,8 +100,10 @@ def load_weights(chunks: list[torch.nn.Module], path: Path) -> None:
         raise ValueError(f"checkpoint {path} is not usable: {problem}; choose another one")
     metadata = ensure_metadata_has_dp_cp_group(dict(_METADATA))
     with cpu.core_calls():
-        loaded = dist_checkpointing.load({"model": chunks[0].sharded_state_dict(metadata=metadata)}, str(path))
-    chunks[0].load_state_dict(loaded["model"])
+        sharded = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in _model_entries(chunks)}
+        loaded = dist_checkpointing.load(sharded, str(path))
+    for name, chunk in _model_entries(chunks):
+        chunk.load_state_dict(loaded[name])
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

@@ -5,7 +5,7 @@ Under pipeline parallelism every stage is given the pack (positions and segments
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megapref.batch import PackedBatch
 from megapref.mcore import device as devices
-from megapref.mcore.attention import segment_params
+from megapref.mcore.attention import context_rows, segment_params
 
 # Rows of the LM head computed at once: [chunk, V] is the largest tensor the head makes.
 HEAD_CHUNK = 256
@@ -42,16 +42,58 @@ def to_device(pack: PackedBatch) -> PackedBatch:
     )
 
 
+@dataclass(frozen=True)
+class _Share:
+    """What a context-parallel rank has of a pack: rows (None: all), which of the K tokens they predict, and which of its rows do."""
+
+    rows: Tensor | None
+    which_K: Tensor | None
+    query_index_K: Tensor
+
+    @classmethod
+    def of(cls, pack: PackedBatch) -> _Share:
+        size = parallel_state.get_context_parallel_world_size()
+        if size == 1:
+            return cls(None, None, pack.query_index_K)
+        rows = torch.from_numpy(context_rows(len(pack.token_ids_T), size)[parallel_state.get_context_parallel_rank()]).to(pack.token_ids_T.device)
+        places = torch.full_like(pack.token_ids_T, -1)
+        places[rows] = torch.arange(len(rows), device=rows.device)
+        place_K = places[pack.query_index_K]
+        which_K = (place_K >= 0).nonzero()[:, 0]
+        return cls(rows, which_K, place_K[which_K])
+
+    def whole(self, values: Tensor, length: int) -> Tensor:
+        """[length] the values of all context-parallel ranks' tokens, from those of this rank's."""
+        return values if self.which_K is None else _JoinContext.apply(values, self.which_K, length)
+
+
+class _JoinContext(torch.autograd.Function):
+    """Every rank gets all values, and computes the same with them: a rank's gradient is that of its own values."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, which_K: Tensor, length: int) -> Tensor:
+        ctx.save_for_backward(which_K)
+        whole_K = values.new_zeros(length).index_copy(0, which_K, values)
+        dist.all_reduce(whole_K, group=parallel_state.get_context_parallel_group())
+        return whole_K
+
+    @staticmethod
+    def backward(ctx, gradient_K: Tensor):
+        return gradient_K[ctx.saved_tensors[0]], None, None
+
+
 def forward_pack(chunk: torch.nn.Module, pack: PackedBatch) -> Tensor:
     """This stage's output for a pack: the next stage's input [T, 1, H], or on the last stage the final hidden states [K, 1, H] that predict.
 
-    Under sequence parallelism, where a rank has some of the rows, the last stage too gives them all.
+    T and K are a context-parallel rank's own. Under sequence parallelism, where a rank has some of the rows, the last stage too gives them all.
     """
-    config = unwrap_model(chunk).config
-    output_rows = None if config.sequence_parallel else pack.query_index_K
+    config, share = unwrap_model(chunk).config, _Share.of(pack)
+    output_rows = None if config.sequence_parallel else share.query_index_K
     window = config.window_size and config.window_size[0] + 1
-    params = segment_params(pack.segments_S, len(pack.token_ids_T), pack.token_ids_T.device, output_rows, window)
-    return chunk(pack.token_ids_T[None], pack.position_ids_T[None], None, packed_seq_params=params)
+    context = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+    params = segment_params(pack.segments_S, len(pack.token_ids_T), pack.token_ids_T.device, output_rows, window, context)
+    tokens, positions = (ids if share.rows is None else ids[share.rows] for ids in (pack.token_ids_T, pack.position_ids_T))
+    return chunk(tokens[None], positions[None], None, packed_seq_params=params)
 
 
 def completion_logps(
@@ -60,22 +102,25 @@ def completion_logps(
     """[K] float32: log-probabilities (temperature 1) of the pack's completion tokens, from the last stage's `forward_pack`.
 
     `wanted` may add of each distribution p: `entropy`, -sum p log p, with its gradient, and `log_sum_sq`, log sum p^2, without.
-    The vocabulary may be split over tensor-parallel ranks and the rows over them too (sequence parallel); the result is whole on each.
+    The vocabulary may be split over tensor-parallel ranks and the rows over them (sequence parallel) and over context-parallel ranks; the result
+    is whole on each.
     """
-    model = unwrap_model(chunk)
+    model, share = unwrap_model(chunk), _Share.of(pack)
     if model.config.sequence_parallel:
-        rows_KH = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)[:, 0].index_select(0, pack.query_index_K)
+        rows_KH = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)[:, 0].index_select(0, share.query_index_K)
     else:
         rows_KH = copy_to_tensor_model_parallel_region(hidden)[:, 0]
     weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else model.output_layer.weight
     vocab_start = parallel_state.get_tensor_model_parallel_rank() * weight.shape[0]
     # Rows added so that the vocabulary divides by the tensor-parallel size are not words: they must not be in the softmax.
     num_words = min(max(model.true_vocab_size - vocab_start, 0), weight.shape[0])
-    target_K = pack.target_ids_K - vocab_start
+    target_K = (pack.target_ids_K if share.which_K is None else pack.target_ids_K[share.which_K]) - vocab_start
     keep = torch.is_grad_enabled() and 4 * len(target_K) * num_words <= KEPT_LOGITS_BYTES
     logps_K, entropy_K, log_sum_sq_K = _VocabParallelLogps.apply(rows_KH, weight, target_K, num_words, wanted, keep)
     extras_K = {"entropy": entropy_K, "log_sum_sq": log_sum_sq_K}
-    return logps_K, {name: extras_K[name] for name in wanted & extras_K.keys()}
+    num_tokens = len(pack.target_ids_K)
+    # In one order on every rank, which a set has not: each is a collective under context parallelism.
+    return share.whole(logps_K, num_tokens), {name: share.whole(value, num_tokens) for name, value in extras_K.items() if name in wanted}
 
 
 class _VocabParallelLogps(torch.autograd.Function):

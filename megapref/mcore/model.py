@@ -35,6 +35,13 @@ FUSIONS = {
 }
 
 
+_RECOMPUTE = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
 def dtype_of(precision: Precision) -> torch.dtype:
     """Of weights and activations."""
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision.dtype]
@@ -47,25 +54,30 @@ def build_model(spec: ModelSpec, parallel: Parallel, dtype: torch.dtype) -> list
     """
     check_layout(spec, parallel)
     with cpu.core_calls():
-        return [SegmentedGPT(spec, _transformer_config(spec, parallel, dtype))]
+        config = _transformer_config(spec, parallel, dtype)
+        stages = range(parallel.virtual_pipeline) if parallel.virtual_pipeline > 1 else [None]
+        return [SegmentedGPT(spec, config, stage) for stage in stages]
 
 
 class SegmentedGPT(GPTModel):
     """Core's GPT, which also runs packs: called with `SegmentParams` it returns hidden states without the head (see forward_pack), otherwise logits.
 
     `true_vocab_size` is the number of words; logits may have more columns, those that make the vocabulary divide by the tensor-parallel size.
+    `virtual_stage` is the number of this chunk of layers where a pipeline stage has several.
     """
 
-    def __init__(self, spec: ModelSpec, config: TransformerConfig):
+    def __init__(self, spec: ModelSpec, config: TransformerConfig, virtual_stage: int | None = None):
+        is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual_stage)
         super().__init__(
             config,
-            _block_spec(config),
+            _block_spec(config, virtual_stage, is_last),
             vocab_size=spec.padded_vocab_size(config.tensor_model_parallel_size),
             max_sequence_length=spec.max_positions,
-            pre_process=parallel_state.is_pipeline_first_stage(),
-            post_process=parallel_state.is_pipeline_last_stage(),
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual_stage),
+            post_process=is_last,
             share_embeddings_and_output_weights=spec.tied,
             position_embedding_type="rope",
+            vp_stage=virtual_stage,
         )
         self.true_vocab_size = spec.vocab_size
         self.rotary_pos_emb = RotaryTable(spec, config)
@@ -127,15 +139,14 @@ def check_layout(spec: ModelSpec, parallel: Parallel) -> None:
         ("tensor", sizes["num_query_groups"], "key-value heads"),
         ("tensor", sizes["num_attention_heads"], "attention heads"),
         ("tensor", sizes["ffn_hidden_size"], "MLP width"),
-        ("pipeline", sizes["num_layers"], "layers"),
     ):
         size = getattr(parallel, option)
         if number % size:
             fitting = [str(n) for n in range(1, min(number, 64) + 1) if number % n == 0]
             raise ValueError(f"parallel.{option}={size} does not divide the model's {rule} ({number}); use {', '.join(fitting)}")
-    for option in ("virtual_pipeline", "context", "expert"):
-        if getattr(parallel, option) != 1:
-            raise ValueError(f"parallel.{option}={getattr(parallel, option)} is not supported; use 1")
+    parallel.stage_layers(sizes["num_layers"])
+    if parallel.expert != 1:
+        raise ValueError(f"parallel.expert={parallel.expert} is not supported; use 1")
     if parallel.sequence and parallel.tensor == 1:
         raise ValueError("parallel.sequence=true splits rows over tensor-parallel ranks: it needs parallel.tensor of 2 or more")
 
@@ -145,6 +156,13 @@ def _transformer_config(spec: ModelSpec, parallel: Parallel, dtype: torch.dtype)
         **spec.transformer,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
+        num_layers_in_last_pipeline_stage=parallel.last_stage_layers,
+        # With virtual stages Core (0.19) trains on wrong gradients, silently, when sends are batched, its default.
+        overlap_p2p_comm=parallel.virtual_pipeline > 1,
+        batch_p2p_comm=parallel.virtual_pipeline == 1,
         sequence_parallel=parallel.sequence,
         variable_seq_lengths=parallel.pipeline > 1,  # packs differ in length
         moe_token_dispatcher_type="alltoall",  # the default refuses packs that differ in length, mixture of experts or not
@@ -156,19 +174,20 @@ def _transformer_config(spec: ModelSpec, parallel: Parallel, dtype: torch.dtype)
         hidden_dropout=0.0,
         perform_initialization=False,
         use_cpu_initialization=cpu.ACTIVE,
+        **_RECOMPUTE[parallel.recompute],
         **FUSIONS,
     )
 
 
-def _block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
-    """Core's own layers with this package's norm and attention in them; the model's last one is a `LastLayer`."""
+def _block_spec(config: TransformerConfig, virtual_stage: int | None, is_last: bool) -> TransformerBlockSubmodules:
+    """Core's own layers with this package's norm and attention in them; the model's last one, in the chunk that `is_last`, is a `LastLayer`."""
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = SegmentAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = Norm
-    layers = [layer] * get_num_layers_to_build(config)
-    if parallel_state.is_pipeline_last_stage():
+    layers = [layer] * get_num_layers_to_build(config, virtual_stage)
+    if is_last:
         layers[-1] = replace(layer, module=LastLayer)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm)

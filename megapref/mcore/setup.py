@@ -1,6 +1,7 @@
 """Process groups, and the few collectives on Python objects that the layers above need.
 
-Data-parallel ranks hold different pairs; the ranks of one model-parallel group (tensor x pipeline) hold parts of one model and see the same pairs.
+Data-parallel ranks hold different shares of the pairs. The ranks of one share (tensor x pipeline x context) are given the same pairs: they hold
+parts of one model, and parts of the packs.
 """
 
 from __future__ import annotations
@@ -123,22 +124,23 @@ def on_first_rank(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def once_per_model(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, run by one rank of each model-parallel group and its result given to the others; an error of any rank is raised on all.
+    """`function`, run by one rank of each share of the pairs and its result given to the share's others; an error of any rank is raised on all.
 
-    Made for user code (rewards, judges): it runs once per share of the pairs, and nothing hangs when it raises.
+    Made for user code (rewards, judges): nothing hangs when it raises.
     """
 
-    def source() -> int:
-        return dist.get_process_group_ranks(parallel_state.get_model_parallel_group())[0]
-
     def run(*args, **kwargs):
-        box = [_agreed(function, lambda: dist.get_rank() == source())(*args, **kwargs)]
-        group = parallel_state.get_model_parallel_group()
-        if group.size() > 1:
-            dist.broadcast_object_list(box, src=source(), group=group)
+        box = [_agreed(function, _is_first_of_share)(*args, **kwargs)]
+        for group in (parallel_state.get_model_parallel_group(), parallel_state.get_context_parallel_group()):
+            if group.size() > 1:
+                dist.broadcast_object_list(box, group=group, group_src=0)
         return box[0]
 
     return run
+
+
+def _is_first_of_share() -> bool:
+    return dist.get_group_rank(parallel_state.get_model_parallel_group(), dist.get_rank()) == 0 and parallel_state.get_context_parallel_rank() == 0
 
 
 def once_per_node(function: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
@@ -148,18 +150,18 @@ def once_per_node(function: Callable[..., list[Any]]) -> Callable[..., list[Any]
     """
 
     def run(*columns: list[Any]) -> list[Any]:
-        source = dist.get_process_group_ranks(parallel_state.get_model_parallel_group())[0]
         node = f"{socket.gethostname()}/{os.environ.get('GROUP_RANK', '')}"  # torchrun's number of the node
-        shares = gather_over_world((node, columns) if dist.get_rank() == source else None)
-        mine = [rank for rank, share in enumerate(shares) if share is not None and share[0] == node]
+        gathered = gather_over_world((data_parallel_rank(), (node, columns)) if _is_first_of_share() else None)
+        shares = dict(filter(None, gathered))
+        mine = sorted(share for share, (at, _) in shares.items() if at == node)
 
         def of_node() -> dict[int, list[Any]]:
-            joined = [list(chain(*parts)) for parts in zip(*(shares[rank][1] for rank in mine), strict=True)]
+            joined = [list(chain(*parts)) for parts in zip(*(shares[share][1] for share in mine), strict=True)]
             results = iter(function(*joined))
-            return {rank: list(islice(results, len(shares[rank][1][0]))) for rank in mine}
+            return {share: list(islice(results, len(shares[share][1][0]))) for share in mine}
 
-        here = _agreed(of_node, lambda: mine[:1] == [dist.get_rank()])()
-        return next(results[source] for results in gather_over_world(here) if results and source in results)
+        here = _agreed(of_node, lambda: _is_first_of_share() and mine[0] == data_parallel_rank())()
+        return next(results[data_parallel_rank()] for results in gather_over_world(here) if results and data_parallel_rank() in results)
 
     return run
 

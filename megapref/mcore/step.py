@@ -89,12 +89,12 @@ def run_packs(
 
     `wanted` as in `forward.completion_logps`. Returns the results in pack order on the last stage, an empty list before it.
     """
-    iterator = iter(packs)
+    iterators = [iter(packs) for _ in chunks]
     # Core's bookkeeping makes small tensors on "the GPU"; the model's own work is done inside `plain_torch()`.
     with cpu.core_calls():
         return get_forward_backward_func()(
             forward_step_func=partial(_forward_step, consume, wanted),
-            data_iterator=iterator,
+            data_iterator=iterators if len(chunks) > 1 else iterators[0],
             model=chunks,
             num_microbatches=len(packs),
             seq_length=max(len(pack.token_ids_T) for pack in packs),
@@ -110,7 +110,9 @@ def _forward_step(consume, wanted: frozenset[str], iterator: Iterator[PackedBatc
 
     def finish(hidden: Tensor):
         loss_sum, count, result = consume(_logps(pack, *completion_logps(chunk, hidden, pack, wanted)))
-        return loss_sum, torch.tensor(count, dtype=torch.int, device=device.current()), result
+        # Core sums counts over context-parallel ranks too, which all have the whole loss.
+        counted = count if parallel_state.get_context_parallel_rank() == 0 else 0
+        return loss_sum, torch.tensor(counted, dtype=torch.int, device=device.current()), result
 
     return output, finish
 

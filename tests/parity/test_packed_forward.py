@@ -64,8 +64,8 @@ def packed_dpo(folder: str, beta: float, entropy: float, layout: dict, share_pro
     chunks = build_model(spec, parallel, torch.float32)
     load_hf(chunks, spec, folder)
     chunks = wrap_for_training(chunks)
-    multiple = parallel.tensor if parallel.sequence else 1
-    packs = pack(some_pairs(), max_tokens=max_tokens, num_ranks=setup.data_parallel_size(), share_prompt=share_prompt, pad_multiple=multiple)
+    multiples = {"pad_multiple": parallel.pad_multiple, "pack_multiple": parallel.pack_multiple}
+    packs = pack(some_pairs(), max_tokens=max_tokens, num_ranks=setup.data_parallel_size(), share_prompt=share_prompt, **multiples)
     mine = packs[setup.data_parallel_rank()]
     scored = zip(score_packs(chunks, mine), mine, strict=True)
     sums = [torch.zeros(2 * batch.num_rows).index_add(0, batch.cell_K, logps) for logps, batch in scored if logps is not None]
@@ -88,12 +88,19 @@ LAYOUTS = [
     {"tensor": 2, "sequence": True},
     {"pipeline": 2},
     {"tensor": 2, "pipeline": 2},
+    {"pipeline": 2, "first_stage_layers": 1},
+    {"pipeline": 2, "virtual_pipeline": 2},
+    {"context": 2},
+    {"tensor": 2, "sequence": True, "context": 2},
+    {"context": 2, "pipeline": 2, "recompute": "full"},
+    {"recompute": "selective"},
+    {"recompute": "full"},
 ]
 
 
 @pytest.fixture(scope="module", params=["qwen2", "llama_tied"])
 def checkpoint(request, tmp_path_factory):
-    folder = make_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
+    folder = make_checkpoint(tmp_path_factory.mktemp(request.param), request.param, num_hidden_layers=4)
     return str(folder), {entropy: transformers_dpo(folder, 0.1, entropy) for entropy in (0.0, 0.05)}
 
 
@@ -102,7 +109,7 @@ def checkpoint(request, tmp_path_factory):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_packed_step_equals_transformers(checkpoint, layout, share_prompt, keep_logits, entropy):
     folder, (logps_P2, loss, gradients) = checkpoint[0], checkpoint[1][entropy]
-    world = layout.get("tensor", 1) * layout.get("pipeline", 1)
+    world = layout.get("tensor", 1) * layout.get("pipeline", 1) * layout.get("context", 1)
     for result in run_distributed(packed_dpo, world, folder, 0.1, entropy, layout, share_prompt, keep_logits, 180):
         sums, packed_loss, grad_norm, num_packs, packed_gradients = result
         assert num_packs > 1

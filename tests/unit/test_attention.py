@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megapref.mcore import setup  # noqa: F401  makes Core importable without a GPU
-from megapref.mcore.attention import attend, attention_plan
+from megapref.mcore.attention import attend, attention_plan, context_rows
 
 CPU = torch.device("cpu")
 
@@ -36,14 +36,21 @@ def dense(query, key, value, segments, window=1000):
     st.lists(st.tuples(st.integers(1, 330), st.integers(1, 60), st.integers(0, 60)), min_size=1, max_size=8),
     st.sampled_from([1, 2, 4]),
     st.sampled_from([None, 1, 7, 40, 128, 150]),
+    st.sampled_from([1, 2, 3]),
 )
-def test_segments_equal_dense_attention(pairs, num_groups, window):
+def test_segments_equal_dense_attention(pairs, num_groups, window, context):
     segments, num_tokens = segments_of_pairs(pairs)
+    padding = -num_tokens % (2 * context)
+    segments, num_tokens = torch.cat([segments, torch.tensor([[num_tokens, padding, 0, 0]])]), num_tokens + padding
     torch.manual_seed(0)
     query = torch.randn(num_tokens, 4, 8, requires_grad=True)
     key, value = (torch.randn(num_tokens, num_groups, 8, requires_grad=True) for _ in range(2))
     weights = torch.randn(num_tokens, 4, 8)
-    out = attend(query, key, value, attention_plan(segments, CPU, window), None)
+    rows = torch.from_numpy(context_rows(num_tokens, context))
+    gathered = rows.flatten()
+    plans = [attention_plan(segments, CPU, num_tokens, window, (context, rank)) for rank in range(context)]
+    parts = [attend(query[rows[rank]], key[gathered], value[gathered], plan, None) for rank, plan in enumerate(plans)]
+    out = torch.cat(parts)[gathered.argsort()]
     expected = dense(query, key, value, segments, window or 1000)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
     gradients = torch.autograd.grad((out * weights).sum(), (query, key, value))
@@ -52,10 +59,10 @@ def test_segments_equal_dense_attention(pairs, num_groups, window):
 
 
 def test_short_segments_share_calls_and_long_ones_do_not():
-    short, _ = segments_of_pairs([(5, 5, 5)] * 10)
-    assert len(attention_plan(short, CPU).groups) == 2  # prompt + first of all pairs; second of all pairs
-    long, _ = segments_of_pairs([(200, 100, 100)] * 3)
-    assert len(attention_plan(long, CPU).groups) == 6
+    short, num_short = segments_of_pairs([(5, 5, 5)] * 10)
+    assert len(attention_plan(short, CPU, num_short).groups) == 2  # prompt + first of all pairs; second of all pairs
+    long, num_long = segments_of_pairs([(200, 100, 100)] * 3)
+    assert len(attention_plan(long, CPU, num_long).groups) == 6
 
 
 @pytest.mark.parametrize("lengths", [[7, 7, 7], [50, 3, 21]])
@@ -64,5 +71,5 @@ def test_plain_segments_need_no_reordering_when_alone(lengths):
     segments = torch.tensor([(int(s), n, 0, 0) for s, n in zip(starts, lengths, strict=True)])
     query = torch.randn(sum(lengths), 2, 4)
     torch.testing.assert_close(
-        attend(query, query, query, attention_plan(segments, CPU), None), dense(query, query, query, segments), atol=1e-5, rtol=1e-5
+        attend(query, query, query, attention_plan(segments, CPU, len(query)), None), dense(query, query, query, segments), atol=1e-5, rtol=1e-5
     )
