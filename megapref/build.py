@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from megapref.convert.hf import export_hf, find_model, fingerprint, load_hf
 from megapref.data import ledger
 from megapref.data.chat import load_tokenizer
 from megapref.data.prompts import round_start
+from megapref.engines import make_engines
 from megapref.judge_model import local_model
 from megapref.losses.combined import is_first_only, is_of_completions, parts
 from megapref.mcore import batch_wide, checkpoint, reference, setup
@@ -104,9 +106,12 @@ def build(cfg: Config, resume_from: Path | None) -> Run:
 
     if is_online:
         opponent = partial(load_opponent, cfg, inputs.spec, inputs.tokenizer)
+        max_length = sources.longest_sequence(cfg, chain(inputs.data.train, *inputs.data.validation.values()), inputs.data.max_length)
+        coefficient = lambda: sources.mixture_coef(cfg, inputs.data, state.step)  # noqa: E731
+        engines = make_engines(cfg, inputs.spec, max_length, state.chunks, ref, opponent, coefficient)
         judge = partial(local_model, cfg, inputs.spec, inputs.tokenizer, state.chunks, ref)
         first_only = is_first_only(inputs.losses[0])
-        source, evaluate = sources.online_source(cfg, inputs.data, state, ref, inputs.tokenizer, opponent, judge, first_only, total_steps)
+        source, evaluate = sources.online_source(cfg, inputs.data, state, ref, inputs.tokenizer, engines, judge, first_only, total_steps)
     else:
         source, evaluate = sources.offline_source(cfg, inputs.data, state, inputs.losses, prepare)
     loss_of_step = partial(sources.of_epoch, cfg, inputs.data, inputs.losses)

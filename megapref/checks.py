@@ -13,6 +13,7 @@ from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Any
 
+from megapref.parallel import divisors
 from megapref.plugins import show
 from megapref.sampling_checks import sampling_rules
 from megapref.signals import seconds
@@ -97,12 +98,6 @@ def _model(cfg: Config, hf_config: dict[str, Any] | None) -> Iterator[str]:
     for name, value, of, total in divided:
         if total and total % value:
             yield f"parallel.{name}={value} does not divide the model's {of}={total}; use {divisors(total)}"
-
-
-def divisors(n: int) -> str:
-    """Returns what divides `n`, as a message lists it."""
-    found = [str(d) for d in range(1, n + 1) if n % d == 0]
-    return f"{', '.join(found[:-1])} or {found[-1]}" if n > 1 else "1"
 
 
 def _lengths(cfg: Config) -> Iterator[str]:

@@ -10,11 +10,11 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from megapref.checks import check, divisors, read_hf_config, resolve_path
+from megapref.checks import check, read_hf_config, resolve_path
 from megapref.compose import as_yaml, compose_recipe, compose_settings, search_path
+from megapref.parallel import Count, Parallel, SamplingParallel
 from megapref.schema import MISSING, build
 
-Count = Annotated[int, ">= 1"]
 Whole = Annotated[int, ">= 0"]
 Positive = Annotated[float, "> 0"]
 NotNegative = Annotated[float, ">= 0"]
@@ -116,50 +116,6 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class Parallel:
-    tensor: Count = 1  # ranks that share every layer
-    pipeline: Count = 1  # stages of layers
-    virtual_pipeline: Count = 1  # chunks of layers per stage, run in turns (interleaved)
-    first_stage_layers: Count | None = None  # layers of the first stage, which also has the embedding; null: as many as the others
-    last_stage_layers: Count | None = None  # layers of the last stage, which also has the head; null: as many as the others
-    context: Count = 1  # ranks that share every pack, each with some of its rows
-    expert: Count = 1  # ranks that share the experts
-    sequence: bool = False  # norms and dropouts split over the tensor ranks
-    recompute: Literal["none", "selective", "full"] = "none"  # in backward, to save memory: nothing, the attention, or whole layers
-
-    @property
-    def pad_multiple(self) -> int:
-        """What the rows of a pack are padded to a multiple of: context ranks take two parts each, sequence parallelism splits these again."""
-        return (2 * self.context if self.context > 1 else 1) * (self.tensor if self.sequence else 1)
-
-    def stage_layers(self, num_layers: int) -> list[int]:
-        """The layers of each pipeline stage. ValueError where a model of so many cannot be cut into them."""
-        ends = {name: value for name in ("first_stage_layers", "last_stage_layers") if (value := getattr(self, name)) is not None}
-        for name, value in {**ends, "virtual_pipeline": self.virtual_pipeline - 1}.items():
-            if self.pipeline == 1 and value:
-                raise ValueError(
-                    f"parallel.{name}={getattr(self, name)} is about stages of a pipeline, but parallel.pipeline=1; use more stages, or leave it out"
-                )
-        left, others = num_layers - sum(ends.values()), self.pipeline - len(ends)
-        if left < others or (left % others if others else left):
-            given = "".join(f" less parallel.{name}={value}" for name, value in ends.items())
-            remedy = f"other values: {left} layers are left for {others} equal stages" if ends else divisors(num_layers)
-            raise ValueError(f"parallel.pipeline={self.pipeline} does not divide the model's num_hidden_layers={num_layers}{given}; use {remedy}")
-        each = left // others if others else 0
-        layers = [self.first_stage_layers or each, *[each] * (self.pipeline - 2), self.last_stage_layers or each][-self.pipeline :]
-        if wrong := [number for number in layers if number % self.virtual_pipeline]:
-            raise ValueError(
-                f"parallel.virtual_pipeline={self.virtual_pipeline} does not divide the {wrong[0]} layers of a stage; use {divisors(wrong[0])}"
-            )
-        return layers
-
-    @property
-    def pack_multiple(self) -> int:
-        """What a rank's packs are a multiple of: virtual stages are run on groups of as many packs as there are stages."""
-        return self.pipeline if self.virtual_pipeline > 1 else 1
-
-
-@dataclass(frozen=True)
 class Precision:
     dtype: Literal["fp32", "bf16"] = "fp32"  # of weights and activations; losses and optimizer are fp32
 
@@ -184,6 +140,7 @@ class Generation:
     top_k: Whole = 0  # 0: off
     stop: list[str] = field(default_factory=list)  # texts that end a completion, which keeps them, as it keeps its end-of-text token
     sync_every: Count = 1  # semi-online: the prompts of so many steps are sampled at once, with the weights before the first of them
+    parallel: SamplingParallel = field(default_factory=SamplingParallel)
     max_requests: Count = 256  # slots decoded together
     kv_cache_gb: Positive = 0.5  # GiB per rank
 

@@ -16,8 +16,8 @@ from megapref.mcore import checkpoint, reference, setup
 from megapref.mcore.model import build_model, dtype_of
 
 
-def load_opponent(cfg: Config, spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[torch.nn.Module]:
-    """Its chunks, frozen, on this process; a collective of all ranks. `spec` and `tokenizer` are the policy's.
+def load_opponent(cfg: Config, spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[torch.nn.Module], ModelSpec]:
+    """Its chunks, frozen, on this process, and what model it is; a collective of all ranks. `spec` and `tokenizer` are the policy's.
 
     ValueError where it is neither, or cannot read `max_length` tokens.
     """
@@ -29,7 +29,7 @@ def load_opponent(cfg: Config, spec: ModelSpec, tokenizer: PreTrainedTokenizerBa
         folder, spec = setup.on_every_rank(_read)(path, tokenizer, max_length)
         chunks = build_model(spec, cfg.parallel, dtype_of(cfg.precision))
         load_hf(chunks, spec, folder)
-    return reference.resident(chunks).chunks
+    return reference.resident(chunks).chunks, spec
 
 
 def _read(path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Path, ModelSpec]:

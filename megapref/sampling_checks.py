@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from megapref.parallel import divisors
+
 if TYPE_CHECKING:
     from megapref.config import Config
 
@@ -35,9 +37,6 @@ def _lengths(cfg: Config) -> Iterator[str]:
 
 
 def _candidates(cfg: Config) -> Iterator[str]:
-    for name in ("virtual_pipeline", "context"):
-        if getattr(cfg.parallel, name) > 1:
-            yield f"parallel.{name}={getattr(cfg.parallel, name)} has no way to sample; method.pairs=online needs parallel.{name}=1"
     method, mode = cfg.method, cfg.reference.mode
     fitting = {"policy_policy": None, "policy_reference": ("resident", "swapped"), "policy_mixture": ("resident",)}[method.candidates]
     if fitting and mode not in fitting:
@@ -52,6 +51,9 @@ def _candidates(cfg: Config) -> Iterator[str]:
 
 
 def _generation(cfg: Config) -> Iterator[str]:
+    tensor, sampling = cfg.parallel.tensor, cfg.generation.parallel.tensor
+    if sampling is not None and tensor % sampling:
+        yield f"generation.parallel.tensor={sampling} does not divide parallel.tensor={tensor}, whose parts are joined; use {divisors(tensor)}"
     if "" in cfg.generation.stop:
         yield "generation.stop has an empty text, which would end every completion at once; leave it out"
     every = cfg.generation.sync_every

@@ -10,7 +10,6 @@ from itertools import chain
 from typing import TypeVar
 
 import numpy as np
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from megapref import verdicts
@@ -23,7 +22,6 @@ from megapref.data.prompts import load_prompts, prompt_batches, prompt_options
 from megapref.data.stream import Stream, digest_of, stream_pairs
 from megapref.inference.engine import make_generate
 from megapref.mcore import setup
-from megapref.mcore.generation import Engine
 from megapref.mcore.reference import Reference, fill_reference
 from megapref.mcore.step import TrainState, evaluate_packs
 from megapref.online.evaluation import evaluation, kl_to_reference, own_answers
@@ -36,7 +34,6 @@ _EVALUATION_STEP = 2**40
 Value = TypeVar("Value")
 Prepare = Callable[[list, Loss], tuple[list[PackedBatch], dict[str, float]]]  # a step's rows -> this rank's packs, with all that the loss needs
 Evaluate = Callable[[], tuple[dict[str, float], list[dict]]]  # metrics of all ranks, rows for the table of samples
-Load = Callable[[int], list[torch.nn.Module]]  # the model chunks of evaluation.against, which are to have so many positions
 
 
 @dataclass(frozen=True)
@@ -148,7 +145,7 @@ def online_source(
     state: TrainState,
     ref: Reference | None,
     tokenizer: PreTrainedTokenizerBase,
-    load_opponent: Load,
+    engines: dict[str, Callable],
     load_judge: Callable[[str], LocalModel],
     first_only: bool,
     total_steps: int,
@@ -157,7 +154,6 @@ def online_source(
 
     Evaluation plays the policy against the reference, answers of the rows or another model.
     """
-    engines = _engines(cfg, data, state, ref, load_opponent)
     generate = make_generate(engines, cfg.generation, tokenizer, cfg.run.seed, data.max_length)
     decide = partial(verdicts.decide, cfg, *verdicts.place(cfg, load_judge))
     source = online_pairs(
@@ -168,7 +164,7 @@ def online_source(
         pairing=cfg.method.pairing,
         by_scores=cfg.judge is None,
         first_only=first_only,
-        mixture_coef=partial(_mixture_coef, cfg, data) if "mixture" in engines else None,
+        mixture_coef=partial(mixture_coef, cfg, data) if "mixture" in engines else None,
         counts=data.counts,
         sync_every=cfg.generation.sync_every,
         total_steps=total_steps,
@@ -177,30 +173,10 @@ def online_source(
     return source, _evaluation(cfg, data, state, ref, tokenizer, engines, decide("soft"))
 
 
-def _engines(cfg: Config, data: Data, state: TrainState, ref: Reference | None, load_opponent: Load) -> dict[str, Callable]:
-    """Of every model that samples, what generates."""
-    max_length = longest_sequence(cfg, chain(data.train, *data.validation.values()), data.max_length)
-    policy = Engine(state.chunks[0], cfg.generation, max_length)
-    engines = {"policy": policy.generate}
-    if ref:
-        own = policy if ref.swapped else Engine(ref.chunks[0], cfg.generation, max_length)
-        engines["reference"] = ref.during(own.generate)
-    if cfg.method.candidates == "policy_mixture":
-        mixture = Engine(state.chunks[0], cfg.generation, max_length, opponent=ref.chunks[0])
-        engines["mixture"] = lambda *request: mixture.generate(*request, coefficient=_mixture_coef(cfg, data, state.step))
-    if cfg.evaluation.against not in ("reference", "rows"):
-        engines["opponent"] = partial(_generate_once, cfg, load_opponent, max_length)
-    return engines
-
-
-def _mixture_coef(cfg: Config, data: Data, step: int) -> float:
+def mixture_coef(cfg: Config, data: Data, step: int) -> float:
+    """The reference's share in the logits of a mixture that samples step `step` (from 0)."""
     given = cfg.method.mixture_coef
     return of_epoch(cfg, data, given if isinstance(given, list) else [given], step)
-
-
-def _generate_once(cfg: Config, load: Load, max_length: int, *args) -> list[list[int]]:
-    """What the engine of a model generates that is there for this call only."""
-    return Engine(load(max_length)[0], cfg.generation, max_length).generate(*args)
 
 
 def _evaluation(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,26 @@ def shards(tensor: Tensor) -> list[Tensor]:
     gathered = [torch.empty_like(tensor) for _ in range(tensor_parallel_size())]
     dist.all_gather(gathered, tensor.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
     return gathered
+
+
+def over_stages(value: Any) -> list[Any]:
+    """`value` of every pipeline stage, in order, on all of them."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    values = [None] * group.size()
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def from_stage(tensor: Tensor, stage: int) -> None:
+    """Fills the tensor with that of pipeline stage `stage`."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    if group.size() > 1:
+        dist.broadcast(tensor, group=group, group_src=stage)
+
+
+def stage() -> int:
+    """Which pipeline stage this process is part of."""
+    return parallel_state.get_pipeline_model_parallel_rank()
 
 
 def to_first_rank(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -18,6 +18,7 @@ from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper 
 from megatron.core.inference.sampling.torch_sampling import TorchSampling
 from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
@@ -107,7 +108,14 @@ class _Mixture(_Model):
 class Engine:
     """Continuous batching over one model, or over a mixture with an `opponent`; made once, used for every round of generation."""
 
-    def __init__(self, chunk: torch.nn.Module, generation: config.Generation, max_length: int, opponent: torch.nn.Module | None = None):
+    def __init__(
+        self,
+        chunk: torch.nn.Module,
+        generation: config.Generation,
+        max_length: int,
+        opponent: torch.nn.Module | None = None,
+        groups: ProcessGroupCollection | None = None,
+    ):
         self.model = unwrap_model(chunk)
         self.opponent = opponent and unwrap_model(opponent)
         # Core pads batches to its own multiples and asserts that there is room for them.
@@ -120,6 +128,7 @@ class Engine:
             max_sequence_length=max_length,
             kv_cache_management_mode=KVCacheManagementMode.RECOMPUTE,
             enable_prefix_caching=True,  # of prompts that begin alike, the whole blocks of what they share are computed once
+            pg_collection=groups,
         )
         self.engine = None
         self.sampler = _Sampler(torch.Generator(), self.model.true_vocab_size)

@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -47,8 +48,10 @@ def dtype_of(precision: Precision) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision.dtype]
 
 
-def build_model(spec: ModelSpec, parallel: Parallel, dtype: torch.dtype) -> list[Module]:
+def build_model(spec: ModelSpec, parallel: Parallel, dtype: torch.dtype, groups: ProcessGroupCollection | None = None) -> list[Module]:
     """This process's part of the model, one module per chunk of layers, its weights not yet set (see convert.hf.load_hf).
+
+    `groups`, for a model in another layout than that of the run, are its process groups; they have no pipeline.
 
     Errors: ValueError naming the option of `parallel` that does not fit the model.
     """
@@ -56,7 +59,7 @@ def build_model(spec: ModelSpec, parallel: Parallel, dtype: torch.dtype) -> list
     with cpu.core_calls():
         config = _transformer_config(spec, parallel, dtype)
         stages = range(parallel.virtual_pipeline) if parallel.virtual_pipeline > 1 else [None]
-        return [SegmentedGPT(spec, config, stage) for stage in stages]
+        return [SegmentedGPT(spec, config, stage, groups) for stage in stages]
 
 
 class SegmentedGPT(GPTModel):
@@ -66,18 +69,24 @@ class SegmentedGPT(GPTModel):
     `virtual_stage` is the number of this chunk of layers where a pipeline stage has several.
     """
 
-    def __init__(self, spec: ModelSpec, config: TransformerConfig, virtual_stage: int | None = None):
-        is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual_stage)
+    def __init__(
+        self, spec: ModelSpec, config: TransformerConfig, virtual_stage: int | None = None, groups: ProcessGroupCollection | None = None
+    ):
+        is_first, is_last = (
+            groups is not None or where(ignore_virtual=False, vp_stage=virtual_stage)
+            for where in (parallel_state.is_pipeline_first_stage, parallel_state.is_pipeline_last_stage)
+        )
         super().__init__(
             config,
-            _block_spec(config, virtual_stage, is_last),
+            _block_spec(config, virtual_stage, None if groups is None else 0, is_last),
             vocab_size=spec.padded_vocab_size(config.tensor_model_parallel_size),
             max_sequence_length=spec.max_positions,
-            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual_stage),
+            pre_process=is_first,
             post_process=is_last,
             share_embeddings_and_output_weights=spec.tied,
             position_embedding_type="rope",
             vp_stage=virtual_stage,
+            pg_collection=groups,
         )
         self.true_vocab_size = spec.vocab_size
         self.rotary_pos_emb = RotaryTable(spec, config)
@@ -179,7 +188,7 @@ def _transformer_config(spec: ModelSpec, parallel: Parallel, dtype: torch.dtype)
     )
 
 
-def _block_spec(config: TransformerConfig, virtual_stage: int | None, is_last: bool) -> TransformerBlockSubmodules:
+def _block_spec(config: TransformerConfig, virtual_stage: int | None, stage: int | None, is_last: bool) -> TransformerBlockSubmodules:
     """Core's own layers with this package's norm and attention in them; the model's last one, in the chunk that `is_last`, is a `LastLayer`."""
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
@@ -187,7 +196,7 @@ def _block_spec(config: TransformerConfig, virtual_stage: int | None, is_last: b
     attention.core_attention = SegmentAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = Norm
-    layers = [layer] * get_num_layers_to_build(config, virtual_stage)
+    layers = [layer] * get_num_layers_to_build(config, virtual_stage, stage)
     if is_last:
         layers[-1] = replace(layer, module=LastLayer)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm)

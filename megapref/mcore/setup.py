@@ -18,6 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.hyper_comm_grid import HyperCommGrid
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megapref.config import Parallel
 from megapref.mcore import cpu, device
@@ -43,6 +45,18 @@ def start(parallel: Parallel, seed: int, timeout_minutes: float = 30) -> None:
     )
     with cpu.core_calls():
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def sampling_groups(tensor: int) -> ProcessGroupCollection:
+    """Process groups of a model in `tensor` parts on neighbouring ranks, and copies of it on the others; made by all ranks together."""
+    grid = HyperCommGrid([tensor, 1, dist.get_world_size() // tensor], ["tp", "one", "dp"], backend=device.backend())
+    groups = ProcessGroupCollection()
+    groups.tp = groups.mp = groups.tp_cp = groups.tp_ep = groups.tp_ep_pp = groups.expt_tp = grid.create_pg("tp")
+    groups.pp = groups.cp = groups.ep = grid.create_pg("one")
+    groups.dp = groups.dp_cp = groups.expt_dp = grid.create_pg("dp")
+    groups.tp_dp_cp = dist.group.WORLD
+    groups.embd = groups.pos_embd = None
+    return groups
 
 
 def stop() -> None:
@@ -85,6 +99,26 @@ def largest(number: int) -> int:
     numbers = torch.tensor(number, device=device.current())
     dist.all_reduce(numbers, dist.ReduceOp.MAX)
     return int(numbers)
+
+
+def gather_over_share(value: Any) -> list[Any]:
+    """`value` of every rank of the share of the pairs, on every rank of it; neighbouring tensor-parallel ranks are neighbours."""
+    for group in (parallel_state.get_model_parallel_group(), parallel_state.get_context_parallel_group()):
+        gathered = [None] * group.size()
+        dist.all_gather_object(gathered, value, group=group)
+        value = gathered
+    return list(chain(*value))
+
+
+def share_size() -> int:
+    """How many ranks there are in a share of the pairs."""
+    return parallel_state.get_model_parallel_group().size() * parallel_state.get_context_parallel_world_size()
+
+
+def rank_in_share() -> int:
+    """This process's number in `gather_over_share`."""
+    of_model = parallel_state.get_model_parallel_group()
+    return parallel_state.get_context_parallel_rank() * of_model.size() + dist.get_group_rank(of_model, dist.get_rank())
 
 
 def from_last_stage(value: Any) -> Any:
@@ -140,7 +174,7 @@ def once_per_model(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_first_of_share() -> bool:
-    return dist.get_group_rank(parallel_state.get_model_parallel_group(), dist.get_rank()) == 0 and parallel_state.get_context_parallel_rank() == 0
+    return rank_in_share() == 0
 
 
 def once_per_node(function: Callable[..., list[Any]]) -> Callable[..., list[Any]]:

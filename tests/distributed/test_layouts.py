@@ -11,7 +11,14 @@ LAYOUTS = {
     "pp2": (2, {"pipeline": 2}),
     "tp2 pp2": (4, {"tensor": 2, "pipeline": 2}),
     "dp2 pp2": (4, {"pipeline": 2}),
+    "pp2 uneven": (2, {"pipeline": 2, "first_stage_layers": 1}),
+    "dp2 pp2 vpp2": (4, {"pipeline": 2, "virtual_pipeline": 2}),
+    "cp2": (2, {"context": 2}),
+    "tp2 sequence cp2": (4, {"tensor": 2, "sequence": True, "context": 2}),
+    "cp2 recompute": (2, {"context": 2, "recompute": "full"}),
 }
+# Sampled with a copy of the weights, in parts: under virtual stages and context parallelism in any case.
+SAMPLED_IN = {"tp2 pp2": 1, "pp2": 1}
 OF_METHODS = ("loss/dpo", "loss/xpo", "loss/kl", "loss/score", "scores/policy", "scores/reference", "scores/mixture")
 SAME = ("loss", "grad_norm", "logps/chosen", "logps/rejected", "objective/scores", "eval/reward", "validation-same_loss", *OF_METHODS)
 # Batches of 5 of 8 prompts: the third step is in the second epoch.
@@ -36,14 +43,17 @@ def runs(tmp_path_factory):
     """`runs(kind, layout)`: metrics and samples of a run, made once."""
     folder = tmp_path_factory.mktemp("layouts")
     # Tied: the first and the last stage each hold the embedding, and must sum its gradients.
-    inputs = {kind: make_inputs(folder / kind, model) for kind, model in (("online", "qwen2_tied"), ("offline", "llama_tied"))}
+    inputs = {kind: make_inputs(folder / kind, model, num_hidden_layers=4) for kind, model in (("online", "qwen2_tied"), ("offline", "llama_tied"))}
     made = {}
 
     def run(kind: str, layout: str):
         if (kind, layout) not in made:
             world, parallel = LAYOUTS.get(layout, (1, {}))
             pairs = "offline" if kind == "offline" else "online"
-            tree = options(inputs[pairs], folder / kind / layout, pairs, parallel=parallel, **KINDS.get(kind, {}))
+            groups = {"parallel": parallel, **KINDS.get(kind, {})}
+            if kind != "online" and layout in SAMPLED_IN:
+                groups["generation"] = {"parallel": {"tensor": SAMPLED_IN[layout]}}
+            tree = options(inputs[pairs], folder / kind / layout, pairs, **groups)
             assert run_distributed(run_training, world, tree) == [""] * world
             made[kind, layout] = metrics_of(folder / kind / layout), samples_of(folder / kind / layout)
         return made[kind, layout]
@@ -60,7 +70,8 @@ def compare(metrics: list[dict], single: list[dict]) -> None:
 
 
 OF_ALL = [(kind, layout) for kind in ("offline", "online") for layout in LAYOUTS]
-OF_METHODS_TOO = [(kind, layout) for kind in ("xpo", "nash_md", "online_dpo against the mixture") for layout in ("dp2", "tp2", "pp2")]
+OF_METHODS_TOO = [(kind, layout) for kind in ("xpo", "nash_md", "online_dpo against the mixture") for layout in ("dp2", "tp2", "pp2", "cp2")]
+OF_METHODS_TOO += [("nash_md", layout) for layout in ("tp2 pp2", "dp2 pp2 vpp2", "tp2 sequence cp2")]
 
 
 @pytest.mark.parametrize(("kind", "layout"), OF_ALL + OF_METHODS_TOO)
