@@ -5,9 +5,10 @@
     python tools/benchmark.py --suite train --model Qwen/Qwen2.5-0.5B --data pairs.jsonl --batch 4
 
 `train` runs whole optimizer steps (packing, reference scoring, training) with megapref's own functions, in turns with a bare step on transformers'
-weights (tools/benchmark_floor.py) on the same pairs; the ratio is the median over steps of CPU seconds, ours per theirs. `generate` samples
-completions of a fixed length. Tokens are real ones: a pair's prompt counts once, padding never. On a machine that others use compare CPU seconds,
-of runs or steps made in turns; the times a GPU takes are in the seconds.
+weights (tools/benchmark_floor.py) on the same pairs; the ratio is the median over steps of CPU seconds, ours per theirs. `generate` samples two
+completions of each prompt, as long as the sides of its pair, in turns with transformers' `generate` (tools/benchmark_generation.py). The two suites
+together tell how much of an online step is sampling. Tokens are real ones: a pair's prompt counts once, padding never. On a machine that others use
+compare CPU seconds, of runs or steps made in turns; the times a GPU takes are in the seconds.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from benchmark_floor import FAMILIES, bare_dpo_step
+from benchmark_generation import engine_round, share_of_step, transformers_round, wanted
 from benchmark_inputs import describe, hardware, lengths, make_model, synthetic_pairs
 from rich import box
 from rich.console import Console
@@ -39,16 +41,13 @@ from megapref.convert.hf import find_model, load_hf
 from megapref.data.chat import load_tokenizer
 from megapref.data.offline import load_pairs
 from megapref.data.packing import pack, packing_stats
-from megapref.inference.sampling import Sampling, keys, sample, uniforms
 from megapref.mcore import device, reference, setup, step
-from megapref.mcore.generation import Engine
 from megapref.mcore.model import build_model
 from megapref.mcore.optimizer import build_optimizer, wrap_for_training
 from megapref.runlog import environment_report
 
 BETA, LR, CLIP_GRAD = 0.1, 1e-5, 1.0
 TRAIN_PHASES = ("packing", "reference scoring", "forward", "head", "backward", "optimizer")
-NO_TOKEN = -1  # as the stop token: completions all have the same length
 
 
 class Clock:
@@ -113,7 +112,9 @@ def measure(options: argparse.Namespace, folder: Path) -> dict:
     if options.suite in ("train", "all"):
         report["train"] = measure_training(options, folder, spec, load, pairs)
     if options.suite in ("generate", "all"):
-        report["generate"] = measure_generation(options, spec, load, pairs)
+        report["generate"] = measure_generation(options, folder, load, pairs)
+    if options.suite == "all":
+        report["share_of_generation"] = share_of_step(report["train"]["megapref"], report["generate"]["megapref"])
     return report
 
 
@@ -183,30 +184,26 @@ def own_step(load: Callable, max_tokens: int, clock: Clock) -> Callable[[list[To
     return run
 
 
-def measure_generation(options: argparse.Namespace, spec: ModelSpec, load: Callable, pairs: list[TokenPair]) -> dict:
-    """Rounds of sampling at temperature 1, one completion for each of the first prompts; the first round, which starts the engine, is left out."""
-    prompts = [list(pair.prompt_ids) for pair in pairs[: options.prompts]]
-    generation = config.Generation(max_new_tokens=options.new_tokens)
-    engine = Engine(load()[0], generation, max(map(len, prompts)) + options.new_tokens)
-
-    def round_of(number: int) -> np.ndarray:
-        noise = keys(options.seed, number, np.arange(len(prompts)))
-        draw = lambda logits, requests, positions: sample(logits, uniforms(noise[requests], positions), Sampling())  # noqa: E731
-        started = now()
-        completions = engine.generate(prompts, draw, [options.new_tokens] * len(prompts), NO_TOKEN)
-        assert {len(ids) for ids in completions} == {options.new_tokens}
-        return now() - started
-
-    round_of(0)
-    spent = [round_of(1 + i) for i in range(options.rounds)]
-    num_new = len(prompts) * options.new_tokens * options.rounds
-    return {
-        "prompts": len(prompts),
-        "rounds": options.rounds,
-        **rates(sum(spent), len(prompts) * options.rounds, num_new),
-        "cpu_seconds_of_rounds": [cpu for _, cpu in spent],
-        "peak_memory_bytes": device.peak_memory_bytes(),
-    }
+def measure_generation(options: argparse.Namespace, folder: Path, load: Callable, pairs: list[TokenPair]) -> dict:
+    """Rounds of megapref's engine and of transformers' `generate` in turns; a greedy round before shows that they do the same work."""
+    requests = wanted(pairs[: options.prompts], options.new_tokens)
+    makers = {"megapref": engine_round(load()[0], requests, options.slots, options.seed)}
+    makers["transformers"] = transformers_round(folder, requests, options.slots)
+    greedy = [make(0, 0.0) for make in makers.values()]
+    same = sum(mine == theirs for mine, theirs in zip(*greedy, strict=True))
+    assert same >= 0.9 * len(requests), f"{same} of {len(requests)} greedy completions are the same: they do not do the same work"
+    costs: dict[str, list[np.ndarray]] = {name: [] for name in makers}
+    for i in range(options.rounds):
+        for name in sorted(makers, reverse=bool(i % 2)):
+            started = now()
+            made = makers[name](1 + i, 1.0)
+            costs[name].append(now() - started)
+            assert [len(ids) for ids in made] == [limit for _, limit in requests]
+    num_new = sum(limit for _, limit in requests) * options.rounds
+    result = {name: rates(sum(spent), len(requests) * options.rounds, num_new) for name, spent in costs.items()}
+    paired = [mine[1] / theirs[1] for mine, theirs in zip(*costs.values(), strict=True)]
+    ratio = {"median": float(np.median(paired)), "of_rounds": paired}
+    return {"completions": len(requests), "same_greedy": same, **result, "ratio": ratio, "peak_memory_bytes": device.peak_memory_bytes()}
 
 
 def rates(spent: np.ndarray, num_items: int, num_tokens: float) -> dict[str, float]:
@@ -245,8 +242,12 @@ def show(report: dict) -> None:
             low, high = ratio["quartiles"]
             console.print(f"CPU seconds of a step per those of the bare step: {ratio['median']:.3f} (median; quartiles {low:.3f} and {high:.3f})")
     if generate := report.get("generate"):
-        console.print(table_of("generation", "completions", {"sampling": generate}))
+        console.print(table_of("generation", "completions", {name: generate[name] for name in ("megapref", "transformers")}))
+        console.print(f"CPU seconds of a round per those of transformers: {generate['ratio']['median']:.3f} (median of rounds)")
         console.print(f"peak memory of the process so far {generate['peak_memory_bytes'] / 2**20:,.0f} MiB")
+    if share := report.get("share_of_generation"):
+        text = f"{share['items_per_s']:.0%} of the seconds and {share['items_per_cpu_s']:.0%} of the CPU seconds"
+        console.print(f"sampling both completions of a pair is {text} of an online step (sampling, scoring, training; without judging)")
 
 
 def table_of(title: str, items: str, rows: dict[str, dict]) -> Table:
@@ -272,8 +273,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--steps", type=positive, default=16, metavar="N", help="measured optimizer steps")
     add("--warmup", type=positive, default=2, metavar="N", help="steps before them")
     add("--max-tokens", type=positive, default=4096, metavar="N", help="tokens of a pack")
-    add("--prompts", type=positive, default=32, metavar="N", help="prompts of a round of generation")
-    add("--new-tokens", type=positive, default=64, metavar="N", help="tokens of a completion")
+    add("--prompts", type=positive, default=16, metavar="N", help="prompts of a round of generation, with two completions each")
+    add("--new-tokens", type=positive, default=300, metavar="N", help="tokens of a completion at most")
+    add("--slots", type=positive, default=32, metavar="N", help="completions decoded together")
     add("--rounds", type=positive, default=3, metavar="N", help="measured rounds of generation")
     add("--threads", type=positive, default=1, metavar="N")
     add("--seed", type=int, default=0)

@@ -41,10 +41,15 @@ def _is_cuda(device) -> bool:
     return (isinstance(device, str) and device.startswith("cuda")) or (isinstance(device, torch.device) and device.type == "cuda")
 
 
+_WITH_DEVICE_IN_PLACE = frozenset({torch.Tensor.cuda, torch.Tensor.pin_memory, torch.Tensor.to, torch.Tensor.type})  # rather than by keyword
+
+
 class _OnCpu(TorchFunctionMode):
     """Makes what Core asks to put on a CUDA device on the CPU."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if not kwargs and func not in _WITH_DEVICE_IN_PLACE:
+            return func(*args)
         kwargs = dict(kwargs or {})
         kwargs.pop("pin_memory", None)  # needs a GPU runtime
         if _is_cuda(kwargs.get("device")):

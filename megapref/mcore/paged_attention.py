@@ -6,6 +6,7 @@ The cache is uninitialised memory: values of dead positions are zeroed, because 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -67,25 +68,45 @@ def flash_attn_with_kvcache(
 ) -> Tensor:
     """Attention of the newest tokens [requests, tokens, N, D] to their paged keys; [requests, tokens, N, D]."""
     assert causal and window_size[1] <= 0 and block_table is not None and not return_softmax_lse
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    out = torch.zeros_like(q)
+    for some in of_similar_length(cache_seqlens.tolist()):
+        rows = torch.tensor(some)
+        out[rows] = _attend(q[rows], k_cache, v_cache, cache_seqlens[rows].long(), block_table[rows].long(), scale)
+    return out
+
+
+def of_similar_length(lengths: Sequence[int]) -> list[list[int]]:
+    """The numbers of the requests, long ones first, in groups whose longest is little longer than their shortest; those of length 0 are left out.
+
+    A group is padded to its longest, and each one costs some calls.
+    """
+    groups: list[list[int]] = []
+    for request in sorted((i for i, length in enumerate(lengths) if length), key=lambda i: -lengths[i]):
+        longest = lengths[groups[-1][0]] if groups else 0
+        if groups and longest - lengths[request] <= max(32, longest // 4):
+            groups[-1].append(request)
+        else:
+            groups.append([request])
+    return groups
+
+
+def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, block_table: Tensor, scale: float) -> Tensor:
+    """Attention of the newest tokens of requests that have `lengths` [requests], at least one, with their keys padded to the longest."""
     requests, num_q, heads, width = q.shape
     groups, block_size = k_cache.shape[2], k_cache.shape[1]
-    lengths = cache_seqlens.long()
-    longest = max(int(lengths.max()), 1)
-    blocks = block_table[:, : -(-longest // block_size)].long().clamp(min=0)
-    keys, values = (cache[blocks].flatten(1, 2)[:, :longest] for cache in (k_cache, v_cache))
-    position = torch.arange(longest)
-    values.masked_fill_((position >= lengths[:, None])[:, :, None, None], 0)  # a copy; dead keys are masked as scores
-    # A slot without tokens (length 0) sees everything: its output is thrown away, but must be finite.
-    limit = lengths[:, None] - num_q + torch.arange(num_q)
-    mask = (position <= limit[..., None]) | (lengths == 0)[:, None, None]
-    if window_size[0] >= 0:
-        mask &= (position >= limit[..., None] - window_size[0]) | (lengths == 0)[:, None, None]
+    shortest, longest = int(lengths.min()) - num_q + 1, int(lengths.max())
+    blocks = block_table[:, : -(-longest // block_size)].clamp(min=0)
+    keys, values = (cache[blocks].flatten(1, 2)[:, :longest] for cache in (k_cache, v_cache))  # copies
+    position = torch.arange(shortest, longest)  # those before are seen by every query
+    values[:, shortest:].masked_fill_((position >= lengths[:, None])[:, :, None, None], 0)  # dead keys are masked as scores
+    dead = position > (lengths[:, None] - num_q + torch.arange(num_q))[..., None]
     # The query heads of one KV head become query rows: one pass over each KV head's cache, which is read in place.
-    scale = width**-0.5 if softmax_scale is None else softmax_scale
     rows = q.view(requests, num_q, groups, heads // groups, width).permute(2, 0, 1, 3, 4).flatten(2, 3)
-    dead = ~mask.repeat_interleave(heads // groups, dim=1)
+    dead = dead.repeat_interleave(heads // groups, dim=1)
     out = torch.empty_like(rows)
     for group in range(groups):
-        scores = torch.bmm(rows[group], keys[:, :, group].transpose(1, 2)).mul_(scale).masked_fill_(dead, float("-inf"))
+        scores = torch.bmm(rows[group], keys[:, :, group].transpose(1, 2)).mul_(scale)
+        scores[..., shortest:].masked_fill_(dead, float("-inf"))
         torch.bmm(scores.softmax(-1), values[:, :, group], out=out[group])
     return out.view(groups, requests, num_q, heads // groups, width).permute(1, 2, 0, 3, 4).reshape(q.shape)

@@ -12,6 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 import benchmark
 from benchmark_floor import bare_dpo_step, completion_logps, lay_out
+from benchmark_generation import share_of_step, transformers_round, wanted
 from benchmark_inputs import make_model, synthetic_pairs
 
 from megapref.batch import TokenPair
@@ -63,3 +64,19 @@ def test_bare_step_is_dpo(tmp_path):
     losses = [step(pairs)[0] for _ in range(3)]
     assert losses[0] == pytest.approx(math.log(2), rel=1e-6)
     assert losses[2] < losses[1] < losses[0]
+
+
+def test_transformers_rows_end_at_their_own_lengths(tmp_path):
+    """In batches, padded on the left, they are what each request gives alone."""
+    torch.manual_seed(0)
+    folder = make_model(tmp_path, 2, 64)
+    requests = wanted([TokenPair([5, 6, 7], [0] * 2, [0] * 9), TokenPair([20] * 8, [0] * 4, [0])], longest=5)
+    assert [limit for _, limit in requests] == [2, 5, 4, 1]
+    together = transformers_round(folder, requests, slots=3)(0, 0.0)
+    assert [len(ids) for ids in together] == [2, 5, 4, 1]
+    assert together == [transformers_round(folder, [request], slots=1)(0, 0.0)[0] for request in requests]
+
+
+def test_share_of_sampling_in_a_step():
+    share = share_of_step({"items_per_s": 2.0, "items_per_cpu_s": 1.0}, {"items_per_s": 4.0, "items_per_cpu_s": 1.0})
+    assert share == pytest.approx({"items_per_s": 0.5, "items_per_cpu_s": 2 / 3})
