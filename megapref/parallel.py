@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -63,6 +64,11 @@ class Parallel:
         if sampling.tensor is None and (self.virtual_pipeline > 1 or self.context > 1):
             return self.tensor
         return sampling.tensor
+
+
+def one_process() -> list[str]:
+    """Returns the overrides that lay a run out on one process, whatever its recipe says."""
+    return [f"parallel.{name}={json.dumps(value)}" for name, value in vars(Parallel()).items()] + ["generation.parallel.tensor=null"]
 
 
 def divisors(n: int) -> str:

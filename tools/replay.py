@@ -8,11 +8,10 @@ alone replays a run of any layout within rounding. Exit code 0: the loss is the 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,10 @@ import torch
 
 from megapref.batch import PairBatch
 from megapref.build import Run, build
-from megapref.config import Config, Parallel, load
+from megapref.config import Config, load
 from megapref.data import ledger
 from megapref.mcore import checkpoint, setup
+from megapref.parallel import one_process
 from megapref.progress import observed
 from megapref.runlog import read_metrics
 from megapref.train import step as train_step
@@ -50,7 +50,7 @@ def _read(options: argparse.Namespace) -> tuple[Config, dict[int, dict[str, Any]
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file; give the directory of a run, and with --config the config that the step was trained with")
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    alone = [f"parallel.{option.name}={json.dumps(option.default)}" for option in fields(Parallel)] if world_size == 1 else []
+    alone = one_process() if world_size == 1 else []
     cfg = load(path.stem, ["~data.validation", "evaluation.against=reference", *alone], str(path.parent), world_size)
     records = {record["step"]: record for record in read_metrics(options.run_dir / "metrics.jsonl")}
     if options.step not in records:
