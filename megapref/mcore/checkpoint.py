@@ -13,7 +13,9 @@ import os
 import queue
 import shutil
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -210,10 +212,33 @@ def _sharded_state(state: TrainState, is_loading: bool) -> dict:
     metadata = ensure_metadata_has_dp_cp_group(dict(_METADATA))
     sharded = {name: model.sharded_state_dict(metadata=metadata) for name, model in _model_entries(state.chunks)}
     _make_adam_state(state.optimizer)
-    sharded["optimizer"] = state.optimizer.sharded_state_dict(dict(sharded), is_loading=is_loading, metadata=metadata)
+    with _buckets_without_padding(state.optimizer):
+        sharded["optimizer"] = state.optimizer.sharded_state_dict(dict(sharded), is_loading=is_loading, metadata=metadata)
     if state.moving_reference:
         sharded["reference"] = _sharded_reference(state.moving_reference, metadata)
     return sharded
+
+
+@contextmanager
+def _buckets_without_padding(optimizer) -> Iterator[None]:
+    """Where each parameter is in a buffer, counted as Core (0.19) joins the buffer's buckets to save them: without the padding between them.
+
+    Core looks the joined values up by where they are with the padding. Behind a first bucket that is padded, such as that of a tied embedding on the
+    last stage, it would save every parameter's neighbours.
+    """
+    buffers = [buffer for part in optimizer.chained_optimizers for buffer in part.buffers]
+    padded = [buffer.param_index_map for buffer in buffers]
+    for buffer in buffers:
+        sizes = [bucket.numel_unpadded for bucket in buffer.buckets]
+        shifts = [bucket.offset - before for bucket, before in zip(buffer.buckets, accumulate(sizes, initial=0), strict=False)]
+        buffer.param_index_map = {
+            parameter: (start - shifts[bucket], end - shifts[bucket], bucket) for parameter, (start, end, bucket) in buffer.param_index_map.items()
+        }
+    try:
+        yield
+    finally:
+        for buffer, index_map in zip(buffers, padded, strict=True):
+            buffer.param_index_map = index_map
 
 
 def _sharded_reference(reference: Reference, metadata: dict) -> dict:
