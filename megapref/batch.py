@@ -226,7 +226,8 @@ class LossOutput:
 class ModelSpec:
     """A model in Core's terms, whatever the layout and the precision, and where its weights are in a Hugging Face checkpoint.
 
-    `weights` maps each Core parameter, "{layer}" standing for the layer's number, to its kind (see convert/mapping.py) and Hugging Face tensors.
+    `weights` maps each Core parameter, "{layer}" and "{expert}" standing for their numbers, to its kind (see convert/mapping.py) and Hugging Face
+    tensors.
     """
 
     family: str  # config.json's model_type

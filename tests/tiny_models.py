@@ -35,8 +35,22 @@ CONFIGS = {
     "qwen2": dict(model_type="qwen2", rope_parameters={"rope_type": "default", "rope_theta": 1e6}, **SHAPE),
     "qwen2_tied": dict(model_type="qwen2", tie_word_embeddings=True, **SHAPE),
     "qwen2_window": dict(model_type="qwen2", use_sliding_window=True, sliding_window=33, max_window_layers=1, **SHAPE),
+    "mixtral": dict(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2, sliding_window=40, **SHAPE),
+    "qwen3_moe": dict(
+        model_type="qwen3_moe", head_dim=16, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=24, norm_topk_prob=True, **SHAPE
+    ),
+    "qwen3_moe_unnormalised": dict(
+        model_type="qwen3_moe", head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=False, **SHAPE
+    ),
     "qwen3": dict(model_type="qwen3", head_dim=16, tie_word_embeddings=True, **SHAPE),
 }
+
+
+def on_disk(model, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A transformers model's tensors as its checkpoints have them: experts one by one."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, tensors)
 
 
 def make_checkpoint(

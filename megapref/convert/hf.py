@@ -135,12 +135,7 @@ def _tensor_files(folder: Path, spec: ModelSpec) -> dict[str, Path]:
             files = dict.fromkeys(file.keys(), folder / "model.safetensors")
     else:
         raise ValueError("has neither model.safetensors nor model.safetensors.index.json; save the weights as safetensors")
-    wanted = {
-        name.format(layer=layer)
-        for _, names in spec.weights.values()
-        for name in names
-        for layer in range(spec.transformer["num_layers"] if "{layer}" in name else 1)
-    }
+    wanted = mapping.tensor_names(spec)
     # Old checkpoints hold the rotary frequencies, which follow from config.json; tied ones may hold the embedding a second time.
     harmless = {name for name in files if name.endswith("rotary_emb.inv_freq") or (spec.tied and name == "lm_head.weight")}
     if missing := wanted - set(files):
@@ -157,28 +152,21 @@ def _some(names: set[str]) -> str:
 
 def _fill(chunks: list[Module], spec: ModelSpec, files: dict[str, safe_open]) -> None:
     size, rank = gather.tensor_parallel_size(), gather.tensor_parallel_rank()
-    for core_name, layer, parameter in named_weights(chunks):
-        kind, names = spec.weights[core_name]
-        pieces = []
-        for name, shape in zip(names, mapping.source_shapes(kind, tuple(parameter.shape), spec, size), strict=True):
-            name = name.format(layer=layer)
-            stored = files[name].get_slice(name)
-            if tuple(stored.get_shape()) != shape:
-                raise ValueError(f"{name} has shape {tuple(stored.get_shape())}, config.json makes it {shape}")
-            pieces.append(stored[mapping.piece(kind, shape, size, rank)])
+    for core_name, numbers, parameter in named_weights(chunks):
+        shape, stored = tuple(parameter.shape), lambda name: files[name].get_slice(name)
         with torch.no_grad():
-            parameter.copy_(mapping.fuse(kind, pieces, spec, size))
+            parameter.copy_(mapping.read_shard(core_name, numbers, shape, spec, size, rank, stored))
 
 
 def _whole_tensors(chunks: list[Module], spec: ModelSpec, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """The Hugging Face tensors of this pipeline stage."""
-    for core_name, layer, parameter in named_weights(chunks):
+    for core_name, numbers, parameter in named_weights(chunks):
         if spec.tied and core_name == "output_layer.weight":
             continue  # the last stage's copy of the embedding
-        kind, names = spec.weights[core_name]
-        shards = [parameter.detach()] if kind == "replicated" else gather.shards(parameter.detach())
-        for name, tensor in zip(names, mapping.from_shards(kind, shards, spec), strict=True):
-            yield name.format(layer=layer), tensor.to(dtype)
+        is_whole = spec.weights[core_name][0] == "replicated"
+        shards = [parameter.detach()] if is_whole else gather.shards(parameter.detach())
+        for name, tensor in mapping.hf_tensors(core_name, numbers, shards, spec):
+            yield name, tensor.to(dtype)
 
 
 def _write_companions(source: Path, folder: Path, dtype: str | None) -> None:

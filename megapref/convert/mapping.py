@@ -9,18 +9,66 @@
 | gated      | gate, up                   | rows of each split; a rank's gate rows, then its up rows                            |
 | qkv        | query, key, value          | for each query group its query rows, key rows and value rows; whole groups per rank |
 
+A name for several tensors means that they are stored as one, below each other.
+
 A rank needs one contiguous piece of every Hugging Face tensor (`piece`), which `fuse` joins; `from_shards` undoes both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megapref.batch import ModelSpec
+
+
+def tensor_names(spec: ModelSpec) -> set[str]:
+    """Every Hugging Face tensor of the model."""
+    layers, experts = range(spec.transformer["num_layers"]), range(spec.transformer.get("num_moe_experts", 1))
+    return {name.format(layer=layer, expert=expert) for _, names in spec.weights.values() for name in names for layer in layers for expert in experts}
+
+
+def read_shard(
+    core_name: str, numbers: dict[str, int], shape: tuple[int, ...], spec: ModelSpec, size: int, rank: int, stored: Callable[[str], Any]
+) -> Tensor:
+    """The Core parameter, of this shape, of tensor-parallel rank `rank` of `size`, reading no more than it needs.
+
+    `stored(name)` has the Hugging Face tensor as safetensors gives it: get_shape(), and slices by indexing. ValueError when a shape is not what
+    the model has.
+    """
+    kind, names = spec.weights[core_name]
+    shapes = source_shapes(kind, shape, spec, size)
+    joined = len(names) < len(shapes)
+    whole = [(sum(part[0] for part in shapes), *shapes[0][1:])] if joined else shapes
+    sources = {}
+    for name, expected in zip(names, whole, strict=True):
+        name = name.format(**numbers)
+        sources[name] = stored(name)
+        if tuple(sources[name].get_shape()) != expected:
+            raise ValueError(f"{name} has shape {tuple(sources[name].get_shape())}, config.json makes it {expected}")
+    starts = accumulate((part[0] for part in shapes[:-1]), initial=0) if joined else [0] * len(shapes)
+    each = list(sources.values()) * (len(shapes) if joined else 1)
+    pieces = []
+    for source, part, start in zip(each, shapes, starts, strict=True):
+        rows, *others = piece(kind, part, size, rank)
+        if joined:
+            rows = slice(start + rows.start, start + rows.stop)
+        pieces.append(source[(rows, *others)])
+    return fuse(kind, pieces, spec, size)
+
+
+def hf_tensors(core_name: str, numbers: dict[str, int], shards: Sequence[Tensor], spec: ModelSpec) -> list[tuple[str, Tensor]]:
+    """The Hugging Face tensors, by name, that a Core parameter holds, from that of every tensor-parallel rank in order."""
+    kind, names = spec.weights[core_name]
+    tensors = from_shards(kind, shards, spec)
+    if len(names) < len(tensors):
+        tensors = [torch.cat(tensors)]
+    return [(name.format(**numbers), tensor) for name, tensor in zip(names, tensors, strict=True)]
 
 
 def to_shard(kind: str, tensors: Sequence[Tensor], spec: ModelSpec, size: int, rank: int) -> Tensor:

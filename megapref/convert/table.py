@@ -30,6 +30,30 @@ _QK_NORM: Weights = {
 }
 
 
+def _experts(router: str, gate: str, up: str, down: str) -> Weights:
+    """The plain decoder with experts in place of its MLP: the router, and the names of an expert's matrices, all below a layer."""
+    dense = {name: entry for name, entry in _DECODER.items() if ".mlp." not in name}
+    expert = _LAYER + "mlp.experts.local_experts.{expert}."
+    return {
+        **dense,
+        _LAYER + "mlp.router.weight": ("replicated", (_HF_LAYER + router,)),
+        expert + "linear_fc1.weight": ("gated", (_HF_LAYER + gate, _HF_LAYER + up)),
+        expert + "linear_fc2.weight": ("row", (_HF_LAYER + down,)),
+    }
+
+
+_MIXTRAL = _experts("block_sparse_moe.gate.weight", *(f"block_sparse_moe.experts.{{expert}}.{x}.weight" for x in ("w1", "w3", "w2")))
+_QWEN_MOE = _experts("mlp.gate.weight", *(f"mlp.experts.{{expert}}.{x}_proj.weight" for x in ("gate", "up", "down")))
+# Losses that only shape the router in pretraining, and what transformers returns.
+_ROUTER_TRAINING: dict[str, Field] = {name: lambda value: {} for name in ("router_aux_loss_coef", "output_router_logits")}
+_ROUTER: dict[str, Field] = {
+    "num_local_experts": lambda value: {"num_moe_experts": value},
+    "num_experts_per_tok": lambda value: {"moe_router_topk": value},
+    **_ROUTER_TRAINING,
+}
+_MOE = {"moe_router_load_balancing_type": "none"}
+
+
 @dataclass(frozen=True)
 class Family:
     """A decoder with rotary positions and grouped queries. RMS norms, a gated SiLU MLP and no biases unless `options` say otherwise."""
@@ -43,6 +67,17 @@ class Family:
 FAMILIES = {
     "llama": Family("LlamaForCausalLM"),
     "mistral": Family("MistralForCausalLM"),
+    "mixtral": Family("MixtralForCausalLM", _MOE, _ROUTER, _MIXTRAL),
     "qwen2": Family("Qwen2ForCausalLM", {"add_qkv_bias": True}, weights={**_DECODER, **_QKV_BIAS}),
     "qwen3": Family("Qwen3ForCausalLM", {"qk_layernorm": True}, weights={**_DECODER, **_QK_NORM}),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        {"qk_layernorm": True, **_MOE},
+        {
+            **_ROUTER,
+            "moe_intermediate_size": lambda value: {"moe_ffn_hidden_size": value},
+            "norm_topk_prob": lambda value: {"moe_router_pre_softmax": not value},
+        },
+        {**_QWEN_MOE, **_QK_NORM},
+    ),
 }

@@ -129,16 +129,18 @@ class RotaryTable(RotaryEmbedding):
         return self.table[offset : offset + max_seq_len]
 
 
-def named_weights(chunks: list[Module]) -> Iterator[tuple[str, int | None, Parameter]]:
-    """(name as in ModelSpec.weights, number of the layer in the whole model or None, parameter) of every parameter of this process."""
+def named_weights(chunks: list[Module]) -> Iterator[tuple[str, dict[str, int], Parameter]]:
+    """(name as in ModelSpec.weights, what its placeholders stand for, counted in the whole model, parameter) of every parameter of this process."""
     for model in unwrap_model(chunks):
         for name, parameter in model.named_parameters():
-            match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
-            if match:
-                number = model.decoder.layers[int(match[1])].layer_number - 1
-                yield f"decoder.layers.{{layer}}.{match[2]}", number, parameter
-            else:
-                yield name, None, parameter
+            numbers = {}
+            if match := re.match(r"decoder\.layers\.(\d+)\.", name):
+                numbers["layer"] = model.decoder.layers[int(match[1])].layer_number - 1
+                name = "decoder.layers.{layer}." + name[match.end() :]
+            if match := re.search(r"\.local_experts\.(\d+)\.", name):
+                numbers["expert"] = int(match[1])
+                name = f"{name[: match.start()]}.local_experts.{{expert}}.{name[match.end() :]}"
+            yield name, numbers, parameter
 
 
 def check_layout(spec: ModelSpec, parallel: Parallel) -> None:
@@ -156,6 +158,8 @@ def check_layout(spec: ModelSpec, parallel: Parallel) -> None:
     parallel.stage_layers(sizes["num_layers"])
     if parallel.expert != 1:
         raise ValueError(f"parallel.expert={parallel.expert} is not supported; use 1")
+    if "num_moe_experts" in sizes and parallel.tensor > 1 and not parallel.sequence:
+        raise ValueError(f"parallel.tensor={parallel.tensor} with a mixture of experts needs parallel.sequence=true, which Core asks for")
     if parallel.sequence and parallel.tensor == 1:
         raise ValueError("parallel.sequence=true splits rows over tensor-parallel ranks: it needs parallel.tensor of 2 or more")
 
@@ -190,7 +194,7 @@ def _transformer_config(spec: ModelSpec, parallel: Parallel, dtype: torch.dtype)
 
 def _block_spec(config: TransformerConfig, virtual_stage: int | None, stage: int | None, is_last: bool) -> TransformerBlockSubmodules:
     """Core's own layers with this package's norm and attention in them; the model's last one, in the chunk that `is_last`, is a `LastLayer`."""
-    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+    layer = get_gpt_layer_local_spec(config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization)
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = SegmentAttention

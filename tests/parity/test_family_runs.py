@@ -1,12 +1,15 @@
 """What a family has beyond the plain decoder holds in packs, in generation and when the model is split: against transformers."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from distributed_run import run_distributed
+from test_hf_models import same_bits
 from test_packed_forward import packed_dpo, transformers_dpo
 from tiny_models import make_checkpoint
 
-NAMES = ["mistral_window", "qwen2_window"]
+NAMES = ["mistral_window", "qwen2_window", "mixtral", "qwen3_moe", "qwen3_moe_unnormalised"]
 LAYOUTS = [{}, {"tensor": 2, "sequence": True}, {"pipeline": 2}]
 NEW_TOKENS = 12
 
@@ -33,10 +36,10 @@ def transformers_greedy(folder: str) -> list[list[int]]:
     return [row[-NEW_TOKENS:] for row in rows]
 
 
-def greedy(folder: str, layout: dict) -> list[list[int]]:
+def export_and_generate(folder: str, layout: dict, out: Path) -> list[list[int]]:
     from megapref.config import Generation, Parallel
     from megapref.convert.families import read_spec
-    from megapref.convert.hf import load_hf
+    from megapref.convert.hf import export_hf, load_hf
     from megapref.mcore import setup
     from megapref.mcore.generation import Engine
     from megapref.mcore.model import build_model
@@ -46,6 +49,7 @@ def greedy(folder: str, layout: dict) -> list[list[int]]:
     spec = read_spec(folder)
     chunks = build_model(spec, parallel, torch.float32)
     load_hf(chunks, spec, folder)
+    export_hf(chunks, spec, folder, out)
     engine = Engine(chunks[0], Generation(max_new_tokens=NEW_TOKENS, kv_cache_gb=0.01, max_requests=2), 100)
     return engine.generate(prompts(), lambda logits, requests, positions: logits.argmax(-1), NEW_TOKENS, -1)
 
@@ -66,8 +70,10 @@ def test_packed_steps_equal_transformers(checkpoint):
                     assert (gradient - gradients[name]).norm() <= 1e-5 * gradients[name].norm(), name
 
 
-def test_greedy_tokens_are_those_of_transformers(checkpoint):
+def test_greedy_tokens_are_those_of_transformers_and_export_keeps_the_bits(checkpoint, tmp_path):
     expected = transformers_greedy(checkpoint)
-    for layout in LAYOUTS:
-        for tokens in run_distributed(greedy, layout.get("tensor", 1) * layout.get("pipeline", 1), checkpoint, layout):
+    for number, layout in enumerate(LAYOUTS):
+        world, out = layout.get("tensor", 1) * layout.get("pipeline", 1), tmp_path / str(number)
+        for tokens in run_distributed(export_and_generate, world, checkpoint, layout, out):
             assert tokens == expected, layout
+        assert same_bits(Path(checkpoint), out), layout

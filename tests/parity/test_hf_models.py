@@ -48,7 +48,7 @@ def hf_logits_and_gradients(folder: Path) -> tuple[torch.Tensor, dict[str, torch
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     logits = model(token_ids()).logits
     _loss(logits).backward()
-    return logits.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
+    return logits.detach(), tiny_models.on_disk(model, {name: parameter.grad for name, parameter in model.named_parameters()})
 
 
 def _loss(logits: torch.Tensor) -> torch.Tensor:
@@ -113,10 +113,8 @@ def logits_gradients_and_export(folder: Path, export_to: Path) -> tuple[torch.Te
     logits = forward(chunks[0])
     _loss(logits).backward()
     gradients = {}
-    for core_name, layer, parameter in named_weights(chunks):
-        kind, names = spec.weights[core_name]
-        for name, gradient in zip(names, mapping.from_shards(kind, [parameter.grad], spec), strict=True):
-            gradients[name.format(layer=layer)] = gradient
+    for core_name, numbers, parameter in named_weights(chunks):
+        gradients.update(mapping.hf_tensors(core_name, numbers, [parameter.grad], spec))
     return logits.detach(), gradients, same_bits(folder, export_to)
 
 
@@ -228,3 +226,11 @@ def test_layout_that_does_not_fit_the_model(parallel, expected):
     with pytest.raises(ValueError) as error:
         check_layout(to_spec(tiny_models.CONFIGS["qwen2"]), parallel)
     assert expected in str(error.value)
+
+
+def test_experts_split_over_tensor_parallel_ranks_need_sequence_parallelism():
+    from megapref.convert.families import to_spec
+    from megapref.mcore.model import check_layout
+
+    with pytest.raises(ValueError, match=r"mixture of experts needs parallel\.sequence=true"):
+        check_layout(to_spec(tiny_models.CONFIGS["mixtral"]), Parallel(tensor=2))

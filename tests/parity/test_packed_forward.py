@@ -3,7 +3,7 @@
 import pytest
 import torch
 from distributed_run import run_distributed
-from tiny_models import make_checkpoint
+from tiny_models import make_checkpoint, on_disk
 
 from megapref.batch import TokenPair
 
@@ -37,7 +37,7 @@ def transformers_dpo(folder, beta: float, entropy: float = 0.0):
     loss = -(preference * torch.nn.functional.logsigmoid(margin) + (1 - preference) * torch.nn.functional.logsigmoid(-margin)).mean()
     loss = loss - entropy * bonus
     loss.backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    gradients = on_disk(model, {name: parameter.grad for name, parameter in model.named_parameters()})
     return logps_P2.detach(), loss.item(), gradients
 
 
@@ -75,10 +75,8 @@ def packed_dpo(folder: str, beta: float, entropy: float, layout: dict, share_pro
         with_entropy = partial(losses.combine, losses=[(dpo, 1.0)], entropy_regularization=entropy, entropy_mode="full_vocab")
         metrics = train_step(state, mine, with_entropy if entropy else dpo, lr=0.0)
     gradients = {}
-    for core_name, layer, parameter in named_weights(chunks) if torch.distributed.get_world_size() == 1 else ():
-        kind, names = spec.weights[core_name]
-        for name, gradient in zip(names, mapping.from_shards(kind, [parameter.main_grad], spec), strict=True):
-            gradients[name.format(layer=layer)] = gradient.clone()
+    for core_name, numbers, parameter in named_weights(chunks) if torch.distributed.get_world_size() == 1 else ():
+        gradients.update(mapping.hf_tensors(core_name, numbers, [parameter.main_grad.clone()], spec))
     return torch.cat(sums).sort().values if sums else None, metrics["loss"], metrics["grad_norm"], len(packs[0]), gradients
 
 
