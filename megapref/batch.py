@@ -231,13 +231,14 @@ class ModelSpec:
     """
 
     family: str  # config.json's model_type
-    transformer: dict[str, Any]  # keyword arguments of Core's TransformerConfig
+    transformer: dict[str, Any]  # keyword arguments of mcore.layers.DecoderConfig
     vocab_size: int
     max_positions: int
     rotary_frequencies: tuple[float, ...]  # radians per position, one per pair of rotated dimensions
     tied: bool  # the output layer is the embedding
     dtype: str  # of the checkpoint: float32, bfloat16 or float16
     weights: dict[str, tuple[str, tuple[str, ...]]]
+    local_rotary_frequencies: tuple[float, ...] = ()  # of layers with a sliding window, where they differ
 
     def padded_vocab_size(self, tensor_parallel: int) -> int:
         """The vocabulary with rows added that are no words, so that tensor-parallel ranks hold equal shares."""

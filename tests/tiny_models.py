@@ -24,7 +24,9 @@ SHAPE = dict(
     max_position_embeddings=512,
     bos_token_id=0,
     eos_token_id=1,
+    pad_token_id=None,  # its row would get no gradient
 )
+_ONE_KEY_A_HEAD = {name: value for name, value in SHAPE.items() if name != "num_key_value_heads"}
 CONFIGS = {
     "llama": dict(model_type="llama", head_dim=16, rope_parameters=LLAMA3_ROPE, rms_norm_eps=1e-5, **SHAPE),
     "llama_tied": dict(model_type="llama", tie_word_embeddings=True, head_dim=16, **SHAPE),
@@ -42,6 +44,32 @@ CONFIGS = {
     "qwen3_moe_unnormalised": dict(
         model_type="qwen3_moe", head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=False, **SHAPE
     ),
+    "gemma": dict(model_type="gemma", head_dim=16, **SHAPE),
+    "gemma2": dict(
+        model_type="gemma2",
+        head_dim=16,
+        sliding_window=24,
+        query_pre_attn_scalar=11,
+        attn_logit_softcapping=3.0,  # low, so that it bends what random weights make
+        final_logit_softcapping=2.0,
+        **SHAPE,
+    ),
+    "gemma3": dict(
+        model_type="gemma3_text",
+        head_dim=16,
+        sliding_window=24,
+        query_pre_attn_scalar=11,
+        layer_types=["sliding_attention", "full_attention"],
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e2},
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e5, "factor": 8.0},
+        },
+        **SHAPE,
+    ),
+    "gpt_neox": dict(model_type="gpt_neox", use_parallel_residual=True, **_ONE_KEY_A_HEAD),
+    "gpt_neox_sequential": dict(model_type="gpt_neox", use_parallel_residual=False, hidden_act="gelu_new", rotary_pct=0.5, **_ONE_KEY_A_HEAD),
+    "phi3": dict(model_type="phi3", sliding_window=50, partial_rotary_factor=0.5, **SHAPE),
+    "olmo2": dict(model_type="olmo2", **SHAPE),
     "qwen3": dict(model_type="qwen3", head_dim=16, tie_word_embeddings=True, **SHAPE),
 }
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from megapref.batch import ModelSpec
-from megapref.convert.table import FAMILIES
+from megapref.convert.table import FAMILIES, Family
 
 # What is read of every family that has it.
 _MAPPED = frozenset(
@@ -30,6 +30,7 @@ _MAPPED = frozenset(
         "head_dim",
         "max_position_embeddings",
         "rms_norm_eps",
+        "layer_norm_eps",
         "rope_parameters",
         "tie_word_embeddings",
         "sliding_window",
@@ -108,7 +109,7 @@ def to_spec(config: dict[str, Any]) -> ModelSpec:
             "num_query_groups": groups,
             "kv_channels": width,
             "normalization": "RMSNorm",
-            "layernorm_epsilon": values["rms_norm_eps"],
+            "layernorm_epsilon": values["rms_norm_eps"] if "rms_norm_eps" in values else values["layer_norm_eps"],
             "gated_linear_unit": True,
             "activation_func": F.silu,
             "add_bias_linear": False,
@@ -118,11 +119,21 @@ def to_spec(config: dict[str, Any]) -> ModelSpec:
         },
         vocab_size=values["vocab_size"],
         max_positions=values["max_position_embeddings"],
-        rotary_frequencies=rotary_frequencies(values["rope_parameters"], width),
+        **_rotary(values["rope_parameters"], width, family),
         tied=tied,
         dtype=values["dtype"] or "float32",
         weights={**family.weights, **({"output_layer.weight": family.weights["embedding.word_embeddings.weight"]} if tied else {})},
     )
+
+
+def _rotary(rope: dict[str, Any], width: int, family: Family) -> dict[str, tuple[float, ...]]:
+    """The frequencies of a ModelSpec; config.json may have those of layers with and without a sliding window apart."""
+    if family.options.get("two_rotary_bases"):
+        local, everywhere = (rotary_frequencies(rope[f"{kind}_attention"], width) for kind in ("sliding", "full"))
+        return {"rotary_frequencies": everywhere, "local_rotary_frequencies": local}
+    share = rope.get("partial_rotary_factor", 1.0) if family.partial_rotary else 1.0
+    others = {name: value for name, value in rope.items() if not (family.partial_rotary and name == "partial_rotary_factor")}
+    return {"rotary_frequencies": rotary_frequencies(others, int(width * share))}
 
 
 def _window(values: dict[str, Any]) -> dict[str, Any]:
@@ -168,9 +179,11 @@ def _complete(config: dict[str, Any]) -> dict[str, Any]:
     except (StrictDataclassError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"not a valid {config['model_type']} configuration: {error}") from error
     defaults = cls().to_dict()
-    known = _MAPPED | _HARMLESS | FAMILIES[config["model_type"]].fields.keys()
+    family = FAMILIES[config["model_type"]]
+    known = _MAPPED | _HARMLESS | family.fields.keys() | ({"partial_rotary_factor"} if family.partial_rotary else set())
     for name, value in values.items():
-        if name in known:
+        # transformers reads head_dim where it is, whether the configuration's class knows it or not.
+        if name in known and (name in defaults or name == "head_dim" or name not in _MAPPED):
             continue
         if name not in defaults:
             raise ValueError(

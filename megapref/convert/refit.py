@@ -18,15 +18,16 @@ def refit(source: list[Module], target: list[Module], spec: ModelSpec, tensor: i
     `tensor` divides the tensor-parallel size of `source`: each stage of a pipeline joins or keeps its parts and hands them to the others.
     """
     size, part = gather.tensor_parallel_size(), gather.tensor_parallel_rank() % tensor
-    wanted = {(name, layer): parameter for name, layer, parameter in named_weights(target)}
-    held = {(name, layer): parameter for name, layer, parameter in named_weights(source)}
+    wanted, held = (
+        {(name, tuple(numbers.values())): parameter for name, numbers, parameter in named_weights(chunks)} for chunks in (target, source)
+    )
     for stage, keys in enumerate(gather.over_stages(list(held))):
-        for name, layer in keys:
-            if (name, layer) not in wanted:
+        for name, place in keys:
+            if (name, place) not in wanted:
                 continue  # the last stage's copy of a tied embedding
-            parameter = wanted[name, layer]
+            parameter = wanted[name, place]
             if stage == gather.stage():
-                mine, kind = held[name, layer], spec.weights[name][0]
+                mine, kind = held[name, place], spec.weights[name][0]
                 if tensor != size and kind != "replicated":
                     mine = mapping.to_shard(kind, mapping.from_shards(kind, gather.shards(mine), spec), spec, tensor, part)
                 parameter.copy_(mine)

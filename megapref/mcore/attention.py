@@ -190,7 +190,7 @@ def _group(members: list[_Piece], window: int | None, device: torch.device) -> t
     return SegmentGroup(len(members), torch.from_numpy(mask).to(device)[:, None]), index_q.ravel(), index_kv.ravel()
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float | None) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float | None, softcap: float | None = None) -> Tensor:
     """Attention of a rank's rows of a pack: query [T, N, D], key and value [rows of all context-parallel ranks, groups, D] to [T, N, D]."""
     # One gather and one split for all groups: slices taken group by group would each cost a gradient of the whole pack's size.
     parts = (
@@ -200,7 +200,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale
     outputs = []
     for group, *qkv in zip(plan.groups, *parts, strict=True):
         q, k, v = (x.unflatten(0, (group.num_segments, -1)).transpose(1, 2) for x in qkv)
-        outputs.append(_sdpa(q, k, v, group.mask, scale).transpose(1, 2).flatten(0, 1))
+        outputs.append(sdpa(q, k, v, group.mask, scale, softcap).transpose(1, 2).flatten(0, 1))
     return _rows(torch.cat(outputs), plan.order_T)
 
 
@@ -208,10 +208,22 @@ def _rows(x: Tensor, index: Tensor | None) -> Tensor:
     return x if index is None else x.index_select(0, index)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, softcap: float | None = None) -> Tensor:
+    """Attention of heads [B, N, Q, D] over [B, groups, KV, D], causal without a mask; torch has no fused kernel for a softcap."""
+    if softcap is not None:
+        heads = q.shape[1] // k.shape[1]
+        keys, values = (x.repeat_interleave(heads, 1) for x in (k, v))
+        scores = softcapped(q @ keys.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale), softcap)
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril() if mask is None else mask
+        return scores.float().masked_fill(~seen, float("-inf")).softmax(-1).to(q.dtype) @ values
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
+
+
+def softcapped(scores: Tensor, cap: float | None) -> Tensor:
+    """`cap` * tanh(scores / cap); the scores where it is None."""
+    return scores if cap is None else torch.tanh(scores / cap) * cap
 
 
 class _GatherRows(torch.autograd.Function):
@@ -251,7 +263,7 @@ class SegmentAttention(MegatronModule):
         **kwargs,
     ):
         super().__init__(config=config)
-        self.softmax_scale = softmax_scale
+        self.softmax_scale, self.softcap = softmax_scale, config.attention_softcap
         # Core's (left, right) counts what is seen besides the token itself.
         is_local = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.window = config.window_size[0] + 1 if is_local else None
@@ -273,12 +285,12 @@ class SegmentAttention(MegatronModule):
             length = len(query)
             is_cut = self.window is not None and length > self.window
             mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - self.window) if is_cut else None
-            return _sdpa(q, k, v, mask, self.softmax_scale).permute(2, 0, 1, 3).flatten(2)
+            return sdpa(q, k, v, mask, self.softmax_scale, self.softcap).permute(2, 0, 1, 3).flatten(2)
         plan = packed_seq_params.plan if self.window is None else packed_seq_params.window_plan
         query, key, value = query[:, 0], key[:, 0], value[:, 0]
         if self.config.context_parallel_size > 1:
             key, value = _GatherRows.apply(torch.stack([key, value], 1)).unbind(1)
-        out = attend(query, key, value, plan, self.softmax_scale)
+        out = attend(query, key, value, plan, self.softmax_scale, self.softcap)
         return out.flatten(1)[:, None]
 
 

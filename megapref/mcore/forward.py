@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megapref.batch import PackedBatch
 from megapref.mcore import device as devices
-from megapref.mcore.attention import context_rows, segment_params
+from megapref.mcore.attention import context_rows, segment_params, softcapped
 
 # Rows of the LM head computed at once: [chunk, V] is the largest tensor the head makes.
 HEAD_CHUNK = 256
@@ -116,7 +116,8 @@ def completion_logps(
     num_words = min(max(model.true_vocab_size - vocab_start, 0), weight.shape[0])
     target_K = (pack.target_ids_K if share.which_K is None else pack.target_ids_K[share.which_K]) - vocab_start
     keep = torch.is_grad_enabled() and 4 * len(target_K) * num_words <= KEPT_LOGITS_BYTES
-    logps_K, entropy_K, log_sum_sq_K = _VocabParallelLogps.apply(rows_KH, weight, target_K, num_words, wanted, keep)
+    cap = model.config.logit_softcap
+    logps_K, entropy_K, log_sum_sq_K = _VocabParallelLogps.apply(rows_KH, weight, target_K, num_words, wanted, keep, cap)
     extras_K = {"entropy": entropy_K, "log_sum_sq": log_sum_sq_K}
     num_tokens = len(pack.target_ids_K)
     # In one order on every rank, which a set has not: each is a collective under context parallelism.
@@ -124,14 +125,15 @@ def completion_logps(
 
 
 class _VocabParallelLogps(torch.autograd.Function):
-    """Of each row's softmax(hidden W^T): log-probability of the target, entropy, log of the sum of squares (the latter two None where not wanted).
+    """Of each row's softmax(hidden W^T), the logits soft-capped where `cap` is given: log-probability of the target, entropy, log of the sum of
+    squares (the latter two None where not wanted).
 
     In chunks of rows; logits are kept for backward if `keep`, otherwise computed again. `target_K` counts from this rank's first word; targets of
     other ranks fall outside [0, num_words).
     """
 
     @staticmethod
-    def forward(ctx, hidden_KH: Tensor, weight_VH: Tensor, target_K: Tensor, num_words: int, wanted: frozenset[str], keep: bool):
+    def forward(ctx, hidden_KH: Tensor, weight_VH: Tensor, target_K: Tensor, num_words: int, wanted: frozenset[str], keep: bool, cap: float | None):
         mine_K = (target_K >= 0) & (target_K < num_words)
         local_K = target_K.where(mine_K, 0)
         words_VH = weight_VH[:num_words]
@@ -140,7 +142,7 @@ class _VocabParallelLogps(torch.autograd.Function):
         logit_K, mean_logit_K = hidden_KH.new_zeros((2, len(target_K)), dtype=torch.float32)
         kept = []
         for rows in _chunks(len(target_K)) if num_words else ():
-            logits = (hidden_KH[rows] @ words_VH.t()).float()
+            logits = softcapped((hidden_KH[rows] @ words_VH.t()).float(), cap)
             lse_K[rows] = logits.logsumexp(1)
             logit_K[rows] = logits.gather(1, local_K[rows, None])[:, 0]
             if with_squares:
@@ -160,7 +162,7 @@ class _VocabParallelLogps(torch.autograd.Function):
             lse_K, logit_K, mean_logit_K, lse_squares_K = top_K + sums[0].log(), sums[1], sums[2] / sums[0], 2 * top_K + sums[3].log()
         entropy_K = lse_K - mean_logit_K if with_entropy else None
         ctx.save_for_backward(hidden_KH, weight_VH, local_K, mine_K, lse_K, entropy_K, *kept)
-        ctx.num_words = num_words
+        ctx.num_words, ctx.cap = num_words, cap
         ctx.set_materialize_grads(False)
         log_sum_sq_K = lse_squares_K - 2 * lse_K if with_squares else None
         if with_squares:
@@ -175,17 +177,19 @@ class _VocabParallelLogps(torch.autograd.Function):
         grad_K = torch.zeros_like(lse_K) if grad_K is None else grad_K
         for number, rows in enumerate(_chunks(len(grad_K)) if ctx.num_words else ()):
             hidden = hidden_KH[rows]
-            logits = kept[number] if kept else (hidden @ words_VH.t()).float()
+            logits = kept[number] if kept else softcapped((hidden @ words_VH.t()).float(), ctx.cap)
             logp = logits - lse_K[rows, None]
             if entropy_grad_K is None:
                 slope = logp.exp_().mul_(-grad_K[rows, None])
             else:  # dH / dz_v = -p_v (log p_v + H)
                 slope = (entropy_grad_K[rows, None] * (logp + entropy_K[rows, None]) + grad_K[rows, None]).mul_(-logp.exp())
             slope[torch.arange(len(hidden), device=hidden.device), local_K[rows]] += mine_K[rows] * grad_K[rows]
+            if ctx.cap is not None:  # d (c tanh(z / c)) / dz = 1 - tanh^2
+                slope.mul_(1 - (logits / ctx.cap).square())
             slope = slope.to(hidden.dtype)
             torch.mm(slope, words_VH, out=grad_hidden[rows])
             grad_weight[: ctx.num_words].addmm_(slope.t(), hidden)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 def _chunks(length: int) -> list[slice]:

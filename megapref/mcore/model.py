@@ -12,9 +12,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 from torch.nn import Module, Parameter
@@ -22,7 +20,8 @@ from torch.nn import Module, Parameter
 from megapref.batch import ModelSpec
 from megapref.config import Parallel, Precision
 from megapref.mcore import cpu
-from megapref.mcore.attention import SegmentAttention, SegmentParams
+from megapref.mcore.attention import SegmentParams, softcapped
+from megapref.mcore.layers import DecoderConfig, LastLayer, customise
 from megapref.mcore.norm import Norm
 
 # Core's fused kernels, which need Transformer Engine, apex or a GPU.
@@ -70,7 +69,7 @@ class SegmentedGPT(GPTModel):
     """
 
     def __init__(
-        self, spec: ModelSpec, config: TransformerConfig, virtual_stage: int | None = None, groups: ProcessGroupCollection | None = None
+        self, spec: ModelSpec, config: DecoderConfig, virtual_stage: int | None = None, groups: ProcessGroupCollection | None = None
     ):
         is_first, is_last = (
             groups is not None or where(ignore_virtual=False, vp_stage=virtual_stage)
@@ -78,7 +77,7 @@ class SegmentedGPT(GPTModel):
         )
         super().__init__(
             config,
-            _block_spec(config, virtual_stage, None if groups is None else 0, is_last),
+            _block_spec(config, virtual_stage, groups, is_last),
             vocab_size=spec.padded_vocab_size(config.tensor_model_parallel_size),
             max_sequence_length=spec.max_positions,
             pre_process=is_first,
@@ -89,6 +88,8 @@ class SegmentedGPT(GPTModel):
             pg_collection=groups,
         )
         self.true_vocab_size = spec.vocab_size
+        if self.pre_process and config.embedding_scale is not None:
+            self.embedding.register_forward_hook(lambda module, inputs, output: output * output.new_tensor(config.embedding_scale))
         self.rotary_pos_emb = RotaryTable(spec, config)
 
     def _preprocess(self, input_ids, position_ids, *args, packed_seq_params=None, **kwargs):
@@ -100,29 +101,24 @@ class SegmentedGPT(GPTModel):
     def _postprocess(self, hidden_states, *args, packed_seq_params=None, **kwargs):
         if isinstance(packed_seq_params, SegmentParams):
             return hidden_states
-        return super()._postprocess(hidden_states, *args, packed_seq_params=packed_seq_params, **kwargs)
-
-
-class LastLayer(TransformerLayer):
-    """The model's last layer: of a pack, only the rows that predict a completion token go through its MLP; nothing uses the others."""
-
-    def _forward_mlp(self, hidden_states, *args, packed_seq_params=None, **kwargs):
-        if isinstance(packed_seq_params, SegmentParams) and packed_seq_params.output_rows is not None:
-            hidden_states = hidden_states.index_select(0, packed_seq_params.output_rows)
-        return super()._forward_mlp(hidden_states, *args, packed_seq_params=packed_seq_params, **kwargs)
+        output = super()._postprocess(hidden_states, *args, packed_seq_params=packed_seq_params, **kwargs)
+        return softcapped(output, self.config.logit_softcap) if self.post_process else output
 
 
 class RotaryTable(RotaryEmbedding):
-    """The rotary angles [positions, 1, 1, D] of a model's own frequencies, computed once.
+    """The rotary angles [positions, 1, 1, D] of a model's own frequencies, computed once; [.., 2 * D] where some layers have others.
 
     Core's class knows one base and Llama 3's scaling with fixed constants, and computes and keeps a table for every length it is asked for.
     """
 
-    def __init__(self, spec: ModelSpec, config: TransformerConfig):
+    def __init__(self, spec: ModelSpec, config: DecoderConfig):
         super().__init__(config.kv_channels, 1.0, use_cpu_initialization=config.use_cpu_initialization)
-        self.inv_freq = torch.tensor(spec.rotary_frequencies, dtype=torch.float32, device=self.inv_freq.device)
-        angles = torch.outer(torch.arange(spec.max_positions, device=self.inv_freq.device).float(), self.inv_freq)
-        self.table = torch.cat((angles, angles), -1)[:, None, None]
+        positions = torch.arange(spec.max_positions, device=self.inv_freq.device).float()
+        tables = []
+        for frequencies in filter(None, (spec.rotary_frequencies, spec.local_rotary_frequencies)):
+            angles = torch.outer(positions, torch.tensor(frequencies, dtype=torch.float32, device=positions.device))
+            tables += [angles, angles]
+        self.table = torch.cat(tables, -1)[:, None, None]
 
     def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group=None) -> Tensor:
         """The angles of positions `offset` to `offset + max_seq_len`, or to the model's last position if that is nearer."""
@@ -164,8 +160,8 @@ def check_layout(spec: ModelSpec, parallel: Parallel) -> None:
         raise ValueError("parallel.sequence=true splits rows over tensor-parallel ranks: it needs parallel.tensor of 2 or more")
 
 
-def _transformer_config(spec: ModelSpec, parallel: Parallel, dtype: torch.dtype) -> TransformerConfig:
-    return TransformerConfig(
+def _transformer_config(spec: ModelSpec, parallel: Parallel, dtype: torch.dtype) -> DecoderConfig:
+    return DecoderConfig(
         **spec.transformer,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -192,15 +188,13 @@ def _transformer_config(spec: ModelSpec, parallel: Parallel, dtype: torch.dtype)
     )
 
 
-def _block_spec(config: TransformerConfig, virtual_stage: int | None, stage: int | None, is_last: bool) -> TransformerBlockSubmodules:
-    """Core's own layers with this package's norm and attention in them; the model's last one, in the chunk that `is_last`, is a `LastLayer`."""
+def _block_spec(
+    config: DecoderConfig, virtual_stage: int | None, groups: ProcessGroupCollection | None, is_last: bool
+) -> TransformerBlockSubmodules:
+    """Core's own layers with this package's parts in them (layers.py); the model's last one, in the chunk that `is_last`, is a `LastLayer`."""
     layer = get_gpt_layer_local_spec(config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization)
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
-    attention = layer.submodules.self_attention.submodules
-    attention.core_attention = SegmentAttention
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = Norm
-    layers = [layer] * get_num_layers_to_build(config, virtual_stage, stage)
+    customise(layer, config, parallel_state.get_tensor_model_parallel_group() if groups is None else groups.tp)
+    layers = [layer] * get_num_layers_to_build(config, virtual_stage, None if groups is None else 0)
     if is_last:
         layers[-1] = replace(layer, module=LastLayer)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm)

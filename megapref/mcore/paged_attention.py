@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from megapref.mcore.attention import sdpa, softcapped
 
 
 def flash_attn_varlen_func(
@@ -25,6 +26,7 @@ def flash_attn_varlen_func(
     softmax_scale: float | None = None,
     causal: bool = True,
     window_size: tuple[int, int] = (-1, -1),
+    softcap: float | None = None,
     block_table: Tensor | None = None,
     return_attn_probs: bool = False,
 ) -> Tensor:
@@ -43,13 +45,11 @@ def flash_attn_varlen_func(
         blocks = block_table[request, : -(-num_k // block_size)].long()
         keys, values = k[blocks].flatten(0, 1)[:num_k], v[blocks].flatten(0, 1)[:num_k]
         is_cut = 0 <= window_size[0] < num_k - 1
-        mask = None if num_q == num_k and not is_cut else torch.ones(num_q, num_k, dtype=torch.bool).tril(num_k - num_q)
+        mask = None if num_q == num_k and not is_cut else torch.ones(num_q, num_k, dtype=torch.bool, device=q.device).tril(num_k - num_q)
         if is_cut:
             mask = mask.triu(num_k - num_q - window_size[0])
         heads_first = (x.transpose(0, 1)[None] for x in (q[q_start:q_end], keys, values))
-        attended = F.scaled_dot_product_attention(
-            *heads_first, attn_mask=mask, is_causal=mask is None, scale=softmax_scale, enable_gqa=True
-        )
+        attended = sdpa(*heads_first, mask, softmax_scale, softcap)
         out[q_start:q_end] = attended[0].transpose(0, 1)
     return out
 
@@ -62,6 +62,7 @@ def flash_attn_with_kvcache(
     softmax_scale: float | None = None,
     causal: bool = True,
     window_size: tuple[int, int] = (-1, -1),
+    softcap: float | None = None,
     block_table: Tensor | None = None,
     num_splits: int = 0,
     return_softmax_lse: bool = False,
@@ -71,8 +72,9 @@ def flash_attn_with_kvcache(
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     out = torch.zeros_like(q)
     for some in of_similar_length(cache_seqlens.tolist()):
-        rows = torch.tensor(some)
-        out[rows] = _attend(q[rows], k_cache, v_cache, cache_seqlens[rows].long(), block_table[rows].long(), scale)
+        rows = torch.tensor(some, device=q.device)
+        lengths, blocks = cache_seqlens[rows].long(), block_table[rows].long()
+        out[rows] = _attend(q[rows], k_cache, v_cache, lengths, blocks, scale, window_size[0], softcap)
     return out
 
 
@@ -91,22 +93,30 @@ def of_similar_length(lengths: Sequence[int]) -> list[list[int]]:
     return groups
 
 
-def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, block_table: Tensor, scale: float) -> Tensor:
+def _attend(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, block_table: Tensor, scale: float, window: int, softcap: float | None
+) -> Tensor:
     """Attention of the newest tokens of requests that have `lengths` [requests], at least one, with their keys padded to the longest."""
     requests, num_q, heads, width = q.shape
     groups, block_size = k_cache.shape[2], k_cache.shape[1]
     shortest, longest = int(lengths.min()) - num_q + 1, int(lengths.max())
-    blocks = block_table[:, : -(-longest // block_size)].clamp(min=0)
-    keys, values = (cache[blocks].flatten(1, 2)[:, :longest] for cache in (k_cache, v_cache))  # copies
-    position = torch.arange(shortest, longest)  # those before are seen by every query
-    values[:, shortest:].masked_fill_((position >= lengths[:, None])[:, :, None, None], 0)  # dead keys are masked as scores
-    dead = position > (lengths[:, None] - num_q + torch.arange(num_q))[..., None]
+    # Under a window no query sees the blocks before `origin`.
+    origin = 0 if window < 0 else max(0, shortest - 1 - window) // block_size * block_size
+    blocks = block_table[:, origin // block_size : -(-longest // block_size)].clamp(min=0)
+    keys, values = (cache[blocks].flatten(1, 2)[:, : longest - origin] for cache in (k_cache, v_cache))  # copies
+    position = torch.arange(shortest, longest, device=q.device)  # those before are seen by every query, but for the window
+    values[:, shortest - origin :].masked_fill_((position >= lengths[:, None])[:, :, None, None], 0)  # dead keys are masked as scores
+    place = (lengths[:, None] - num_q + torch.arange(num_q, device=q.device))[..., None]
+    dead = position > place
+    passed = torch.arange(origin, longest, device=q.device) < place - window
     # The query heads of one KV head become query rows: one pass over each KV head's cache, which is read in place.
     rows = q.view(requests, num_q, groups, heads // groups, width).permute(2, 0, 1, 3, 4).flatten(2, 3)
-    dead = dead.repeat_interleave(heads // groups, dim=1)
+    dead, passed = (mask.repeat_interleave(heads // groups, dim=1) for mask in (dead, passed))
     out = torch.empty_like(rows)
     for group in range(groups):
-        scores = torch.bmm(rows[group], keys[:, :, group].transpose(1, 2)).mul_(scale)
-        scores[..., shortest:].masked_fill_(dead, float("-inf"))
+        scores = softcapped(torch.bmm(rows[group], keys[:, :, group].transpose(1, 2)).mul_(scale), softcap)
+        scores[..., shortest - origin :].masked_fill_(dead, float("-inf"))
+        if window >= 0:
+            scores.masked_fill_(passed, float("-inf"))
         torch.bmm(scores.softmax(-1), values[:, :, group], out=out[group])
     return out.view(groups, requests, num_q, heads // groups, width).permute(1, 2, 0, 3, 4).reshape(q.shape)

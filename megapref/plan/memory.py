@@ -63,7 +63,7 @@ def stage_memory(spec: ModelSpec, job: Job, layout: Layout, packs: list[PackSize
         gradients=4 * buffer,
         optimizer=optimizer_bytes(job) * buffer // (layout.data * layout.context),
         reference=job.bytes * parameters if is_resident else 0,
-        tables=(1 + is_resident) * 4 * spec.max_positions * 2 * len(spec.rotary_frequencies),
+        tables=(1 + is_resident) * 4 * spec.max_positions * 2 * len(spec.rotary_frequencies + spec.local_rotary_frequencies),
         activations=round(stage_activations(Sizes.of(spec), job, layout, largest_pack, len(packs), kernels, stage)),
         logits=_logits(spec, job, layout, largest_pack, stage),
         kv_cache=round(job.kv_cache) if job.online else 0,
@@ -99,7 +99,7 @@ def layer_activations(m: Sizes, job: Job, layout: Layout, pack: PackSizes, kerne
     """Bytes that one layer saves of a pack."""
     if layout.recompute == "full":
         return job.bytes * m.hidden * pack.tokens / (layout.tensor if layout.sequence else 1)
-    norms = 2 * _norm(m, job, layout, pack.tokens, kernels)
+    norms = m.norms * _norm(m, job, layout, pack.tokens, kernels)
     return norms + _attention(m, job, layout, pack, kernels) + _mlp(m, job, layout, pack.tokens, kernels)
 
 
@@ -108,7 +108,7 @@ def last_layer_saving(m: Sizes, job: Job, layout: Layout, pack: PackSizes, kerne
     if layout.sequence or layout.recompute == "full":
         return 0.0
     fewer = pack.tokens - pack.trained
-    return -_norm(m, job, layout, fewer, kernels) - _mlp(m, job, layout, fewer, kernels)
+    return -m.norms / 2 * _norm(m, job, layout, fewer, kernels) - _mlp(m, job, layout, fewer, kernels)
 
 
 def final_activations(m: Sizes, job: Job, layout: Layout, pack: PackSizes, kernels: Kernels) -> float:

@@ -56,10 +56,11 @@ class Sizes:
     heads: int
     groups: int
     width: int  # of a head
-    ffn: int
+    ffn: int  # what a token passes through: of a mixture of experts, all of its experts together
     gated: bool
     rms: bool  # RMS norm, otherwise layer norm
     qk_norm: bool
+    norms: int  # of a layer
     vocab: int
 
     @classmethod
@@ -71,10 +72,11 @@ class Sizes:
             heads=t["num_attention_heads"],
             groups=t["num_query_groups"],
             width=t["kv_channels"],
-            ffn=t["ffn_hidden_size"],
+            ffn=t.get("moe_ffn_hidden_size", t["ffn_hidden_size"]) * (t["moe_router_topk"] if "num_moe_experts" in t else 1),
             gated=t.get("gated_linear_unit", False),
             rms=t.get("normalization") == "RMSNorm",
-            qk_norm=t.get("qk_layernorm", False),
+            qk_norm=t.get("qk_layernorm", False) or t.get("projection_qk_norm", False),
+            norms=2 * t.get("pre_norms", True) + 2 * t.get("post_norms", False),
             vocab=spec.vocab_size,
         )
 
@@ -97,7 +99,7 @@ def shard_sizes(spec: ModelSpec, layout: Layout, stage: int) -> Iterator[tuple[s
     for name, (kind, _) in spec.weights.items():
         size = _shard_size(name, kind, spec, layout.tensor)
         if "{layer}" in name:
-            for _ in range(layers[stage]):
+            for _ in range(layers[stage] * _copies(name, spec)):
                 yield name, size
         elif name.startswith("embedding."):
             if first:
@@ -112,9 +114,10 @@ def num_parameters(spec: ModelSpec, layout: Layout = Layout(), stage: int = 0) -
 
 
 def layer_matmul_parameters(spec: ModelSpec, tensor: int) -> int:
-    """Parameters of one layer that are matrices, on a tensor-parallel rank: each multiplies every token."""
+    """Parameters of one layer that are matrices, on a tensor-parallel rank, and multiply a token: every one, or those of its experts."""
     names = [(name, kind) for name, (kind, _) in spec.weights.items() if "{layer}" in name and len(_whole_shape(name, spec, 1)) > 1]
-    return sum(_shard_size(name, kind, spec, tensor) for name, kind in names)
+    times = {name: spec.transformer["moe_router_topk"] if "{expert}" in name else 1 for name, _ in names}
+    return sum(times[name] * _shard_size(name, kind, spec, tensor) for name, kind in names)
 
 
 def buffer_size(spec: ModelSpec, layout: Layout, stage: int) -> int:
@@ -129,6 +132,11 @@ def buffer_size(spec: ModelSpec, layout: Layout, stage: int) -> int:
     for name, size in shard_sizes(spec, layout, stage):
         buckets[name in shared] += _up(size, 64)
     return sum(_up(size, end) for size in buckets.values())
+
+
+def _copies(name: str, spec: ModelSpec) -> int:
+    """How many parameters of a layer have this name."""
+    return spec.transformer["num_moe_experts"] if "{expert}" in name else 1
 
 
 def _up(value: int, multiple: int) -> int:
@@ -152,7 +160,10 @@ def _shard_size(name: str, kind: str, spec: ModelSpec, tensor: int) -> int:
 def _whole_shape(name: str, spec: ModelSpec, tensor: int) -> tuple[int, ...]:
     """The shape of a parameter over all tensor-parallel ranks, by the end of its name."""
     m = Sizes.of(spec)
-    qkv, up, vocab = (m.heads + 2 * m.groups) * m.width, m.ffn * (2 if m.gated else 1), spec.padded_vocab_size(tensor)
+    t = spec.transformer
+    ffn, expert_ffn, doubled = t["ffn_hidden_size"], t.get("moe_ffn_hidden_size", t["ffn_hidden_size"]), 2 if m.gated else 1
+    qkv, vocab = (m.heads + 2 * m.groups) * m.width, spec.padded_vocab_size(tensor)
+    normed = (m.heads, m.groups) if t.get("projection_qk_norm") else (1, 1)
     shapes = {
         "word_embeddings.weight": (vocab, m.hidden),
         "output_layer.weight": (vocab, m.hidden),
@@ -160,12 +171,16 @@ def _whole_shape(name: str, spec: ModelSpec, tensor: int) -> tuple[int, ...]:
         "self_attention.linear_qkv.bias": (qkv,),
         "self_attention.linear_proj.weight": (m.hidden, m.heads * m.width),
         "self_attention.linear_proj.bias": (m.hidden,),
-        "mlp.linear_fc1.weight": (up, m.hidden),
-        "mlp.linear_fc1.bias": (up,),
-        "mlp.linear_fc2.weight": (m.hidden, m.ffn),
+        "mlp.linear_fc1.weight": (ffn * doubled, m.hidden),
+        "mlp.linear_fc1.bias": (ffn * doubled,),
+        "mlp.linear_fc2.weight": (m.hidden, ffn),
         "mlp.linear_fc2.bias": (m.hidden,),
-        "q_layernorm.weight": (m.width,),
-        "k_layernorm.weight": (m.width,),
+        "mlp.router.weight": (t.get("num_moe_experts"), m.hidden),
+        "{expert}.linear_fc1.weight": (expert_ffn * doubled, m.hidden),
+        "{expert}.linear_fc2.weight": (m.hidden, expert_ffn),
+        "q_layernorm.weight": (m.width * normed[0],),
+        "k_layernorm.weight": (m.width * normed[1],),
+        "post_norm.weight": (m.hidden,),
         "layernorm.weight": (m.hidden,),
         "layernorm.bias": (m.hidden,),
     }

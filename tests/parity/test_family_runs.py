@@ -9,7 +9,8 @@ from test_hf_models import same_bits
 from test_packed_forward import packed_dpo, transformers_dpo
 from tiny_models import make_checkpoint
 
-NAMES = ["mistral_window", "qwen2_window", "mixtral", "qwen3_moe", "qwen3_moe_unnormalised"]
+NAMES = ["mistral_window", "qwen2_window", "mixtral", "qwen3_moe", "qwen3_moe_unnormalised", "gemma", "gemma2", "gemma3"]
+NAMES += ["gpt_neox", "gpt_neox_sequential", "phi3", "olmo2"]
 LAYOUTS = [{}, {"tensor": 2, "sequence": True}, {"pipeline": 2}]
 NEW_TOKENS = 12
 
@@ -51,7 +52,7 @@ def export_and_generate(folder: str, layout: dict, out: Path) -> list[list[int]]
     load_hf(chunks, spec, folder)
     export_hf(chunks, spec, folder, out)
     engine = Engine(chunks[0], Generation(max_new_tokens=NEW_TOKENS, kv_cache_gb=0.01, max_requests=2), 100)
-    return engine.generate(prompts(), lambda logits, requests, positions: logits.argmax(-1), NEW_TOKENS, -1)
+    return engine.generate(prompts(), lambda logits, requests, positions: logits.argmax(-1), [NEW_TOKENS] * len(prompts()), -1)
 
 
 def test_packed_steps_equal_transformers(checkpoint):

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from megapref.convert import mapping
 from megapref.convert.families import FAMILIES, read_spec, to_spec
 
+LONG_ROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.0], "long_factor": [1.0, 1.0]}
+
 
 def config(name: str, **changes) -> dict:
     return {**tiny_models.CONFIGS[name], **changes}
@@ -31,6 +33,15 @@ def config(name: str, **changes) -> dict:
         ("llama", {"logit_softcap": 30.0}, "logit_softcap", "30.0"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config", "bits"),
         ("qwen2", {"layer_types": ["full_attention", "linear_attention"]}, "layer_types", "linear_attention"),
+        ("gpt_neox", {"num_key_value_heads": 2}, "num_key_value_heads", "2"),
+        ("gpt_neox", {"hidden_act": "silu"}, "hidden_act", "silu"),
+        ("phi3", {"rope_parameters": LONG_ROPE}, "rope_type", "longrope"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention", "True"),
+        ("gemma3", {"model_type": "gemma3"}, "model_type", "gemma3_text"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers", "[0]"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step", "2"),
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise", "0.1"),
+        ("olmo2", {"attention_bias": True}, "attention_bias", "True"),
         ("qwen2", {"num_key_value_heads": 3}, "num_key_value_heads", "3"),
     ],
 )

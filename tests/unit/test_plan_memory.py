@@ -60,8 +60,8 @@ def test_shards_and_stages_add_up_to_the_model(name, tensor, pipeline):
 
 def test_what_has_no_shape_or_split_is_named():
     spec = SPECS["llama"]
-    with pytest.raises(ValueError, match=r"mlp.router.weight"):
-        num_parameters(replace(spec, weights={"decoder.layers.{layer}.mlp.router.weight": ("replicated", ())}))
+    with pytest.raises(ValueError, match=r"mlp.gate.weight"):
+        num_parameters(replace(spec, weights={"decoder.layers.{layer}.mlp.gate.weight": ("replicated", ())}))
     with pytest.raises(ValueError, match="'experts'"):
         num_parameters(replace(spec, weights={"decoder.layers.{layer}.mlp.linear_fc1.weight": ("experts", ())}))
 
