@@ -173,9 +173,9 @@ def _streaming(cfg: Config) -> Iterator[str]:
 
 
 def _save(cfg: Config) -> Iterator[str]:
-    before = cfg.save.before_deadline
-    if before is not None and seconds(before) is None:
-        yield f"save.before_deadline={show(before)} is not a length of time; write 90s, 10m or 1h"
+    for key, value in (("save.before_deadline", cfg.save.before_deadline), ("run.stuck_after", cfg.run.stuck_after)):
+        if value is not None and not seconds(value):
+            yield f"{key}={show(value)} is not a length of time; write 90s, 10m or 1h"
 
 
 def _optimizer(cfg: Config) -> Iterator[str]:

@@ -40,6 +40,7 @@ class Run:
     dir: str = MISSING  # run directory; default: runs/<recipe>
     seed: Whole = 0  # of everything random
     resume: str | None = None  # null: a fresh run directory; auto: the newest good checkpoint in run.dir, if any; a path: that checkpoint
+    stuck_after: str | None = "30m"  # 90s, 10m, 1h in which no process gets on end the run, with a report of who holds it up; null: never
     action: Literal["train", "evaluate"] = "train"  # evaluate: only measure the model, or the checkpoint of run.resume, on data.validation
 
 

@@ -23,6 +23,7 @@ from megapref.losses.pairs import sft
 from megapref.mcore import capabilities, checkpoint, setup
 from megapref.mcore.optimizer import learning_rate
 from megapref.mcore.step import TrainState, train_step
+from megapref.phases import phase
 from megapref.progress import best_steps, evaluated, observed
 
 
@@ -32,24 +33,33 @@ def main(cfg: Config) -> bool:
     ValueError, on every rank alike, for what the user can mend.
     """
     torch.manual_seed(cfg.run.seed)
-    setup.start(cfg.parallel, cfg.run.seed)
+    setup.start(cfg.parallel, cfg.run.seed, signals.seconds(cfg.run.stuck_after or ""), cfg.run.stuck_after or "")
     try:
+        return _main(cfg)
+    except Exception as error:  # whatever it is: the other ranks must not wait, and the first error is the one to be told
+        if other := setup.failed(error):
+            raise SystemExit(other) from None
+        raise
+    finally:
+        setup.stop()
+
+
+def _main(cfg: Config) -> bool:
+    with phase("loading", 0):
         resume_from = _checkpoint_to_resume(cfg)
         setup.on_first_rank(_make_run_dir)(cfg, resume_from)
         run = build(cfg, resume_from)
         log = setup.on_first_rank(_open_log)(cfg, run, resume_from) or runlog.RunLog(None, total_steps=run.total_steps)
-        try:
-            return (train if cfg.run.action == "train" else evaluate)(cfg, run, log)
-        finally:
-            log.close()
+    try:
+        return (train if cfg.run.action == "train" else evaluate)(cfg, run, log)
     finally:
-        setup.stop()
+        log.close()
 
 
 def train(cfg: Config, run: Run, log: runlog.RunLog) -> bool:
     """The loop: pairs, packs, reference, step; evaluation, samples and checkpoints when they are due. True where it was asked to stop."""
     state, progress, run_dir = run.state, run.progress, Path(cfg.run.dir)
-    record = setup.on_first_rank(partial(_record, cfg, log))  # a full disk ends every rank
+    record = phase("writing")(setup.on_first_rank(partial(_record, cfg, log)))  # a full disk ends every rank
     deadline = setup.on_first_rank(signals.deadline)(cfg.save.before_deadline)
     is_untrained = state.step == 0
     if is_untrained:
@@ -57,9 +67,10 @@ def train(cfg: Config, run: Run, log: runlog.RunLog) -> bool:
         evaluated(progress, cfg, 0, evaluation)
         record(0, evaluation, rows, [])
     while state.step < run.total_steps and not progress.stopped:
-        batch = _of_all_ranks(next(run.source))
-        if run.write_ledger:
-            setup.on_first_rank(run.write_ledger)(batch)
+        with phase("pairs", state.step + 1):
+            batch = _of_all_ranks(next(run.source))
+            if run.write_ledger:
+                setup.on_first_rank(run.write_ledger)(batch)
         metrics, rows = step(cfg, run, batch), []
         warnings = observed(progress, cfg, metrics, run.has_reference)
         last = state.step == run.total_steps or bool(progress.stopped)
@@ -82,7 +93,8 @@ def train(cfg: Config, run: Run, log: runlog.RunLog) -> bool:
         stop = setup.largest(signals.asked_to_stop(deadline)) if not last and _between_rounds(cfg, state.step) else 0
         if _due(state.step, cfg.save.every, last or stop > 0) or state.step in best:
             extra = {"made_with": run.identity, "progress": asdict(progress)}
-            checkpoint.save_checkpoint(state, run_dir / "checkpoints", cfg.save.keep, extra, protected=best)
+            with phase("saving"):
+                checkpoint.save_checkpoint(state, run_dir / "checkpoints", cfg.save.keep, extra, protected=best)
         if stop:
             setup.on_first_rank(log.stopped)(state.step, signals.reason(stop))
             return True
@@ -90,7 +102,8 @@ def train(cfg: Config, run: Run, log: runlog.RunLog) -> bool:
         log.message(f"stopped after step {state.step}: {progress.stopped}")
     if cfg.save.export:
         best = [checkpoint.path_of(run_dir / "checkpoints", step) for step in best_steps(progress, cfg)[:1] if step != state.step]
-        run.export(*best or [None], run_dir / "hf")
+        with phase("export"):
+            run.export(*best or [None], run_dir / "hf")
     setup.on_first_rank(log.summary)()
     return False
 
@@ -129,9 +142,11 @@ def step(cfg: Config, run: Run, batch: PairBatch) -> dict[str, float]:
     loss = epoch_loss = run.loss_of_step(run.state.step)
     if run.progress.sft_weight:
         loss = partial(combine, losses=[(epoch_loss, 1.0), (sft, run.progress.sft_weight)])
-    packs, packing = run.prepare(pairs, loss)
+    with phase("reference"):
+        packs, packing = run.prepare(pairs, loss)
     scored = time.perf_counter()
-    metrics = train_step(run.state, packs, loss, learning_rate(run.state.step + 1, run.total_steps, cfg.optimizer)) | metrics
+    with phase("training"):
+        metrics = train_step(run.state, packs, loss, learning_rate(run.state.step + 1, run.total_steps, cfg.optimizer)) | metrics
     trained = time.perf_counter()
     if "objective/scores" in metrics and "objective/non_score_reward" in metrics:
         metrics["objective/rlhf_reward"] = metrics["objective/scores"] + metrics["objective/non_score_reward"]
@@ -143,7 +158,8 @@ def step(cfg: Config, run: Run, batch: PairBatch) -> dict[str, float]:
 
 def _evaluate(run: Run) -> tuple[dict[str, float], list[dict]]:
     started = time.perf_counter()
-    metrics, rows = run.evaluate()
+    with phase("evaluation"):
+        metrics, rows = run.evaluate()
     return metrics | ({"time/evaluate": time.perf_counter() - started} if metrics else {}), rows
 
 

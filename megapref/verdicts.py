@@ -10,6 +10,7 @@ from megapref.batch import Completion, Judgement, LocalModel, Prompt, asks, is_p
 from megapref.config import Config
 from megapref.mcore import setup
 from megapref.online import judges
+from megapref.phases import phase
 from megapref.plugins import load_plugin
 
 Ask = Callable[..., Judgement]
@@ -24,7 +25,7 @@ def decide(cfg: Config, score: judges.Score | None, ask: Ask | None, ties: str, 
     """What every rank calls: by the judge where there is one, else by scores."""
     weights, penalty = {name: entry.weight for name, entry in cfg.reward.items()}, cfg.method.missing_eos_penalty
     by_rewards = judges.decide_by_rewards(score, weights, penalty, ties, soft_preference=soft_preference) if score else None
-    return judges.decide_by_judge(ask, by_rewards, ties) if ask else by_rewards
+    return phase("judging")(judges.decide_by_judge(ask, by_rewards, ties) if ask else by_rewards)
 
 
 def _place_judge(cfg: Config, load_judge: Callable[[str], LocalModel]) -> Ask:

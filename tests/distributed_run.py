@@ -12,8 +12,10 @@ import os
 import pickle
 import socket
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 _workers: list = []  # (process, connection)
@@ -52,27 +54,44 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args, timeou
 
 
 def signals_of(function: Callable[..., Any], world_size: int, *args, timeout: float = 300) -> list[int]:
-    """Runs `function(*args)` on ranks in processes of their own, which may be killed: the signal that each died of, 0 where it ended by itself.
+    """The signal that each rank of `ends_of` died of, 0 where it ended by itself."""
+    return [max(0, -code) for code, _ in ends_of(function, world_size, *args, timeout=timeout)]
 
-    They are forked from a process that has imported what is slow to import, and has done nothing else.
+
+def ends_of(function: Callable[..., Any], world_size: int, *args, timeout: float = 300, grace: float = 30) -> list[tuple[int, str]]:
+    """Runs `function(*args)` on ranks in processes of their own, which may be stopped or killed: exit code and stderr of each.
+
+    They are forked from a process that has imported what is slow to import, and has done nothing else. As by a launcher, those that are left
+    `grace` seconds after the first has ended with an error are killed.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["megapref.train"])
-    with socket.socket() as free:
+    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks = [context.Process(target=_run_rank, args=(sys.path, rank, world_size, port, function, args)) for rank in range(world_size)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(timeout)
-        process.kill()
-        process.join()
-    return [max(0, -process.exitcode) for process in ranks]
+        free.close()
+        errors = [Path(folder) / str(rank) for rank in range(world_size)]
+        tasks = [(sys.path, rank, world_size, port, str(errors[rank]), function, args) for rank in range(world_size)]
+        ranks = [context.Process(target=_run_rank, args=task) for task in tasks]
+        for process in ranks:
+            process.start()
+        left = {process.sentinel: process for process in ranks}
+        while left:
+            ended = multiprocessing.connection.wait(list(left), timeout)
+            codes = [left.pop(sentinel).exitcode for sentinel in ended]
+            timeout = min(timeout, grace) if any(codes) else timeout
+            if not ended:
+                for process in left.values():
+                    process.kill()
+        for process in ranks:
+            process.join()
+        return [(process.exitcode, path.read_text()) for process, path in zip(ranks, errors, strict=True)]
 
 
-def _run_rank(path: list[str], rank: int, world_size: int, port: int, function: Callable[..., Any], args: tuple) -> None:
+def _run_rank(path: list[str], rank: int, world_size: int, port: int, error: str, function: Callable[..., Any], args: tuple) -> None:
     sys.path[:] = path
+    descriptor = os.open(error, os.O_WRONLY | os.O_CREAT)
+    os.dup2(descriptor, 2)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     import torch
 

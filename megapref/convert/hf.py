@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import Module
 
+from megapref import phases
 from megapref.batch import ModelSpec
 from megapref.convert import mapping
 from megapref.mcore import gather, setup
@@ -153,6 +154,7 @@ def _some(names: set[str]) -> str:
 def _fill(chunks: list[Module], spec: ModelSpec, files: dict[str, safe_open]) -> None:
     size, rank = gather.tensor_parallel_size(), gather.tensor_parallel_rank()
     for core_name, numbers, parameter in named_weights(chunks):
+        phases.moved()
         shape, stored = tuple(parameter.shape), lambda name: files[name].get_slice(name)
         with torch.no_grad():
             parameter.copy_(mapping.read_shard(core_name, numbers, shape, spec, size, rank, stored))
@@ -196,6 +198,7 @@ def _write_weights(tensors: Iterator[tuple[str, Tensor]], folder: Path, max_file
         if held and size + num_bytes > max_file_bytes:
             flush()
             size = 0
+        phases.moved()
         held[name] = tensor.to("cpu", copy=True).contiguous()
         size, total = size + num_bytes, total + num_bytes
     flush()

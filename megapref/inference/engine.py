@@ -11,6 +11,7 @@ from megapref.batch import Completion, Prompt
 from megapref.config import Generation
 from megapref.inference.sampling import Sampling, keys, sample, uniforms
 from megapref.inference.stopping import ends_with_stop
+from megapref.phases import phase
 
 
 def make_generate(
@@ -26,6 +27,7 @@ def make_generate(
     sampling = Sampling(generation.temperature, generation.top_k, generation.top_p)
     ends = ends_with_stop(tokenizer, generation.stop)
 
+    @phase("generation")
     def generate(prompts: list[Prompt], model: str, *, step: int | list[int], side: int | list[int]) -> list[Completion]:
         request_keys = keys(seed, step, np.array([prompt.index for prompt in prompts], np.int64), side)
 

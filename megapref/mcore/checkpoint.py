@@ -29,6 +29,7 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint import CheckpointException
 
+from megapref import phases
 from megapref.mcore import cpu, setup
 from megapref.mcore.reference import Reference
 from megapref.mcore.step import TrainState
@@ -199,6 +200,7 @@ def _sync(path: Path) -> None:
 
 
 def _sha256(path: Path) -> str:
+    phases.moved()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -22,7 +22,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from megapref import config
+from megapref import config, phases
 from megapref.mcore import cpu
 
 Draw = Callable[[Tensor, np.ndarray, np.ndarray], Tensor]  # (logits [n, V], request numbers [n], positions [n]) -> token ids [n]
@@ -157,6 +157,7 @@ class Engine:
                 for request, (ids, limit) in enumerate(zip(prompts, max_new_tokens, strict=True)):
                     engine.add_request(request, ids, SamplingParams(num_tokens_to_generate=limit, termination_id=stop_id))
                 while engine.has_unfinished_requests():
+                    phases.moved()
                     for record in engine.step_modern()["finished_request_records"]:
                         completions[record.request_id] = list(record.merge().generated_tokens)
             finally:

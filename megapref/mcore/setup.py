@@ -23,17 +23,30 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megapref.config import Parallel
 from megapref.mcore import cpu, device
+from megapref.mcore.watch import Watch
+
+_TIMEOUT = timedelta(minutes=30)  # of a collective, where nobody watches
+_WATCHED = timedelta(days=7)  # as long as others get on, a collective may wait for its last rank
+
+_watches: list[Watch] = []
 
 
-def start(parallel: Parallel, seed: int, timeout_minutes: float = 30) -> None:
-    """Starts torch.distributed from torchrun's environment (one process without it) and Core's process groups."""
+def start(parallel: Parallel, seed: int, stuck_after: float | None = None, stuck_words: str = "") -> None:
+    """Starts torch.distributed from torchrun's environment (one process without it) and Core's process groups.
+
+    With `stuck_after` (seconds, in words) a standstill of all ranks for so long ends them with a report. ValueError where ranks do not come.
+    """
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
         os.environ.setdefault(name, value)
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     if torch.cuda.is_available():
         torch.cuda.set_device(device.current())
+    timeout = _WATCHED if stuck_after else _TIMEOUT
     if not dist.is_initialized():
-        dist.init_process_group(device.backend(), timeout=timedelta(minutes=timeout_minutes))
+        store, rank, world_size = _meet(timedelta(seconds=stuck_after) if stuck_after else _TIMEOUT)
+        if stuck_after:
+            _watches.append(Watch(store.clone(), rank, world_size, stuck_after, stuck_words))
+        dist.init_process_group(device.backend(), store=store, rank=rank, world_size=world_size, timeout=timeout)
     parallel_state.initialize_model_parallel(
         parallel.tensor,
         parallel.pipeline,
@@ -41,7 +54,7 @@ def start(parallel: Parallel, seed: int, timeout_minutes: float = 30) -> None:
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         create_gloo_process_groups=True,
-        distributed_timeout_minutes=int(timeout_minutes),
+        distributed_timeout_minutes=int(timeout.total_seconds() / 60),
     )
     with cpu.core_calls():
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
@@ -59,10 +72,30 @@ def sampling_groups(tensor: int) -> ProcessGroupCollection:
     return groups
 
 
+def _meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    try:
+        return next(dist.rendezvous("env://", timeout=timeout))
+    except dist.DistError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ValueError(
+            f"not all of the {os.environ['WORLD_SIZE']} ranks came to {where} within {timeout} ({str(error).partition(chr(10))[0]}); "
+            "look for the rank that did not start, or whether that address is reached from every machine"
+        ) from error
+
+
+def failed(error: BaseException) -> str | None:
+    """Tells the other ranks of this one's error; returns what another told first, where it is another error."""
+    return _watches[0].failed(error) if _watches else None
+
+
 def stop() -> None:
     """Ends Core's process groups and torch.distributed."""
+    for watch in _watches:
+        watch.stop("talking")
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+    while _watches:
+        _watches.pop().stop("judging")
 
 
 def is_first_rank() -> bool:

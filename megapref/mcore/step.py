@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megapref import phases
 from megapref.batch import Logps, Loss, PackedBatch, PairLogps, UnpairedLogps, needs
 from megapref.mcore import cpu, device, setup
 from megapref.mcore.forward import completion_logps, forward_pack, to_device
@@ -104,6 +105,7 @@ def run_packs(
 
 
 def _forward_step(consume, wanted: frozenset[str], iterator: Iterator[PackedBatch], chunk: torch.nn.Module):
+    phases.moved()
     pack = to_device(next(iterator))
     with cpu.plain_torch():
         output = forward_pack(chunk, pack)

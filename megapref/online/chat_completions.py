@@ -17,6 +17,8 @@ from typing import Any
 import httpx2
 import tenacity
 
+from megapref import phases
+
 LONGEST_WAIT = 60.0  # seconds between two attempts, unless the server asks for more
 NOT_NOW = (408, 409, 425, 429)  # and 500 to 599: the same request may succeed later
 WRONG = (401, 404, 405)  # none will succeed
@@ -126,6 +128,7 @@ async def _attempt(
     client: httpx2.AsyncClient, endpoint: Endpoint, request: dict[str, Any], is_usable: Callable[[str], bool], counts: Counter[str]
 ) -> str:
     """The text of the answer; Failure where there is none, or none that is usable."""
+    phases.moved()
     counts["requests"] += 1
     try:
         async with asyncio.timeout(endpoint.timeout):
