@@ -70,8 +70,9 @@ def _layout(cfg: Config, world_size: int | None) -> Iterator[str]:
             f"train.global_batch_size={cfg.train.global_batch_size} is less than the {data_ranks} data-parallel ranks "
             f"({world_size} processes, {ranks}); use at least {data_ranks}, or fewer processes"
         )
-    if data_ranks * p.context * p.tensor % p.expert:
-        yield f"parallel.expert={p.expert} does not divide the {data_ranks * p.context * p.tensor} ranks of a pipeline stage; use a divisor"
+    if data_ranks * p.context % p.expert:
+        of = f"{data_ranks} data-parallel x parallel.context={p.context} ranks"
+        yield f"parallel.expert={p.expert} does not divide the {of}, which share the experts; use {divisors(data_ranks * p.context)}"
 
 
 def _model(cfg: Config, hf_config: dict[str, Any] | None) -> Iterator[str]:
@@ -93,6 +94,8 @@ def _model(cfg: Config, hf_config: dict[str, Any] | None) -> Iterator[str]:
     experts = next((hf_config[key] for key in NUM_EXPERTS_KEYS if hf_config.get(key)), None)
     if experts:
         divided.append(("expert", expert, "number of experts", experts))
+        if expert > 1 and tensor > 1:
+            yield f"parallel.expert={expert} shares whole experts: it needs parallel.tensor=1, not {tensor}"
     elif expert > 1:
         yield f"parallel.expert={expert} needs a mixture-of-experts model, {cfg.model.path} is none; use 1"
     for name, value, of, total in divided:

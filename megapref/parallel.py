@@ -61,7 +61,7 @@ class Parallel:
 
     def sampling_tensor(self, sampling: SamplingParallel) -> int | None:
         """How many ranks share a copy of the weights that is there for sampling; None: the engine runs on the weights that are trained."""
-        if sampling.tensor is None and (self.virtual_pipeline > 1 or self.context > 1):
+        if sampling.tensor is None and max(self.virtual_pipeline, self.context, self.expert) > 1:
             return self.tensor
         return sampling.tensor
 

@@ -22,6 +22,7 @@ from torch.nn import Module
 from megapref import phases
 from megapref.batch import ModelSpec
 from megapref.convert import mapping
+from megapref.convert.refit import whole_experts
 from megapref.mcore import gather, setup
 from megapref.mcore.model import named_weights
 
@@ -165,10 +166,10 @@ def _whole_tensors(chunks: list[Module], spec: ModelSpec, dtype: torch.dtype) ->
     for core_name, numbers, parameter in named_weights(chunks):
         if spec.tied and core_name == "output_layer.weight":
             continue  # the last stage's copy of the embedding
-        is_whole = spec.weights[core_name][0] == "replicated"
-        shards = [parameter.detach()] if is_whole else gather.shards(parameter.detach())
-        for name, tensor in mapping.hf_tensors(core_name, numbers, shards, spec):
-            yield name, tensor.to(dtype)
+        for numbers_of_one, one in whole_experts(numbers, parameter.detach(), spec):
+            shards = [one] if spec.weights[core_name][0] == "replicated" else gather.shards(one)
+            for name, tensor in mapping.hf_tensors(core_name, numbers_of_one, shards, spec):
+                yield name, tensor.to(dtype)
 
 
 def _write_companions(source: Path, folder: Path, dtype: str | None) -> None:

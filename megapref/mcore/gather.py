@@ -32,6 +32,19 @@ def shards(tensor: Tensor) -> list[Tensor]:
     return gathered
 
 
+def over_experts(tensor: Tensor) -> list[Tensor]:
+    """The tensor of every expert-parallel rank, in order; a collective of that group."""
+    group = parallel_state.get_expert_model_parallel_group()
+    gathered = [torch.empty_like(tensor) for _ in range(group.size())]
+    dist.all_gather(gathered, tensor.contiguous(), group=group)
+    return gathered
+
+
+def expert_parallel_size() -> int:
+    """How many ranks share the experts."""
+    return parallel_state.get_expert_model_parallel_world_size()
+
+
 def over_stages(value: Any) -> list[Any]:
     """`value` of every pipeline stage, in order, on all of them."""
     group = parallel_state.get_pipeline_model_parallel_group()
@@ -55,9 +68,12 @@ def stage() -> int:
 def to_first_rank(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """The named tensors of all pipeline stages on the first rank, nothing on the others; every rank must consume it to the end.
 
-    `tensors` is what this stage has, the same on its tensor-parallel ranks, and may gather over them. One data-parallel replica sends.
+    `tensors` is what this stage has, the same on its tensor-parallel ranks, and may gather over them and over those that share the experts. One
+    data-parallel replica sends.
     """
     if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
+        for _ in tensors if expert_parallel_size() > 1 else ():  # to be gathered from
+            pass
         return
     stages = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
     for source in stages:

@@ -88,6 +88,7 @@ class SegmentedGPT(GPTModel):
             pg_collection=groups,
         )
         self.true_vocab_size = spec.vocab_size
+        self.expert_rank = (parallel_state.get_expert_model_parallel_group() if groups is None else groups.ep).rank()
         if self.pre_process and config.embedding_scale is not None:
             self.embedding.register_forward_hook(lambda module, inputs, output: output * output.new_tensor(config.embedding_scale))
         self.rotary_pos_emb = RotaryTable(spec, config)
@@ -134,7 +135,8 @@ def named_weights(chunks: list[Module]) -> Iterator[tuple[str, dict[str, int], P
                 numbers["layer"] = model.decoder.layers[int(match[1])].layer_number - 1
                 name = "decoder.layers.{layer}." + name[match.end() :]
             if match := re.search(r"\.local_experts\.(\d+)\.", name):
-                numbers["expert"] = int(match[1])
+                local = model.config.num_moe_experts // model.config.expert_model_parallel_size
+                numbers["expert"] = int(match[1]) + local * model.expert_rank
                 name = f"{name[: match.start()]}.local_experts.{{expert}}.{name[match.end() :]}"
             yield name, numbers, parameter
 
@@ -152,8 +154,11 @@ def check_layout(spec: ModelSpec, parallel: Parallel) -> None:
             fitting = [str(n) for n in range(1, min(number, 64) + 1) if number % n == 0]
             raise ValueError(f"parallel.{option}={size} does not divide the model's {rule} ({number}); use {', '.join(fitting)}")
     parallel.stage_layers(sizes["num_layers"])
-    if parallel.expert != 1:
-        raise ValueError(f"parallel.expert={parallel.expert} is not supported; use 1")
+    experts = sizes.get("num_moe_experts", 1)
+    if experts % parallel.expert:
+        raise ValueError(f"parallel.expert={parallel.expert} does not divide the model's number of experts ({experts}); use a divisor")
+    if parallel.expert > 1 and parallel.tensor > 1:
+        raise ValueError(f"parallel.expert={parallel.expert} shares whole experts: it needs parallel.tensor=1, not {parallel.tensor}")
     if "num_moe_experts" in sizes and parallel.tensor > 1 and not parallel.sequence:
         raise ValueError(f"parallel.tensor={parallel.tensor} with a mixture of experts needs parallel.sequence=true, which Core asks for")
     if parallel.sequence and parallel.tensor == 1:
@@ -166,6 +171,7 @@ def _transformer_config(spec: ModelSpec, parallel: Parallel, dtype: torch.dtype)
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
         num_layers_in_last_pipeline_stage=parallel.last_stage_layers,

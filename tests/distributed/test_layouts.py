@@ -17,6 +17,11 @@ LAYOUTS = {
     "tp2 sequence cp2": (4, {"tensor": 2, "sequence": True, "context": 2}),
     "cp2 recompute": (2, {"context": 2, "recompute": "full"}),
 }
+# Of a mixture of experts.
+EXPERT_LAYOUTS = {
+    "dp2 ep2": (2, {"expert": 2}),
+    "dp2 pp2 ep2": (4, {"pipeline": 2, "expert": 2}),
+}
 # Sampled with a copy of the weights, in parts: under virtual stages and context parallelism in any case.
 SAMPLED_IN = {"tp2 pp2": 1, "pp2": 1}
 OF_METHODS = ("loss/dpo", "loss/xpo", "loss/kl", "loss/score", "scores/policy", "scores/reference", "scores/mixture")
@@ -36,6 +41,7 @@ KINDS = {
         "train": {"global_batch_size": 3},
     },
 }
+MODELS = {"online": "qwen2_tied", "offline": "llama_tied", "experts online": "qwen3_moe", "experts offline": "mixtral"}
 
 
 @pytest.fixture(scope="module")
@@ -43,17 +49,17 @@ def runs(tmp_path_factory):
     """`runs(kind, layout)`: metrics and samples of a run, made once."""
     folder = tmp_path_factory.mktemp("layouts")
     # Tied: the first and the last stage each hold the embedding, and must sum its gradients.
-    inputs = {kind: make_inputs(folder / kind, model, num_hidden_layers=4) for kind, model in (("online", "qwen2_tied"), ("offline", "llama_tied"))}
+    inputs = {kind: make_inputs(folder / kind, model, num_hidden_layers=4) for kind, model in MODELS.items()}
     made = {}
 
     def run(kind: str, layout: str):
         if (kind, layout) not in made:
-            world, parallel = LAYOUTS.get(layout, (1, {}))
-            pairs = "offline" if kind == "offline" else "online"
+            world, parallel = (LAYOUTS | EXPERT_LAYOUTS).get(layout, (1, {}))
+            pairs = "offline" if "offline" in kind else "online"
             groups = {"parallel": parallel, **KINDS.get(kind, {})}
             if kind != "online" and layout in SAMPLED_IN:
                 groups["generation"] = {"parallel": {"tensor": SAMPLED_IN[layout]}}
-            tree = options(inputs[pairs], folder / kind / layout, pairs, **groups)
+            tree = options(inputs[kind if kind in inputs else pairs], folder / kind / layout, pairs, **groups)
             assert run_distributed(run_training, world, tree) == [""] * world
             made[kind, layout] = metrics_of(folder / kind / layout), samples_of(folder / kind / layout)
         return made[kind, layout]
@@ -71,6 +77,7 @@ def compare(metrics: list[dict], single: list[dict]) -> None:
 
 OF_ALL = [(kind, layout) for kind in ("offline", "online") for layout in LAYOUTS]
 OF_METHODS_TOO = [(kind, layout) for kind in ("xpo", "nash_md", "online_dpo against the mixture") for layout in ("dp2", "tp2", "pp2", "cp2")]
+OF_METHODS_TOO += [(f"experts {kind}", layout) for kind in ("offline", "online") for layout in EXPERT_LAYOUTS]
 OF_METHODS_TOO += [("nash_md", layout) for layout in ("tp2 pp2", "dp2 pp2 vpp2", "tp2 sequence cp2")]
 
 

@@ -214,9 +214,9 @@ def test_truncated_file_is_an_error(checkpoints, tmp_path):
     ("parallel", "expected"),
     [
         (Parallel(tensor=4), "parallel.tensor=4 does not divide the model's key-value heads (2); use 1, 2"),
-        (Parallel(pipeline=3), "parallel.pipeline=3 does not divide the model's layers (2); use 1, 2"),
+        (Parallel(pipeline=3), "parallel.pipeline=3 does not divide the model's num_hidden_layers=2; use 1 or 2"),
         (Parallel(sequence=True), "parallel.sequence"),
-        (Parallel(context=2), "parallel.context=2"),
+        (Parallel(pipeline=2, virtual_pipeline=2), "parallel.virtual_pipeline=2 does not divide the 1 layers of a stage"),
     ],
 )
 def test_layout_that_does_not_fit_the_model(parallel, expected):

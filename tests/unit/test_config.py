@@ -350,7 +350,7 @@ def test_experts():
     cfg = dataclasses.replace(small(), parallel=Parallel(expert=3))
     with pytest.raises(ValueError, match=r"parallel.expert=3 does not divide the model's number of experts=8; use 1, 2, 4 or 8"):
         check(cfg, 3, HF_CONFIG | {"num_experts": 8})
-    with pytest.raises(ValueError, match=r"parallel.expert=3 does not divide the 4 ranks"):
+    with pytest.raises(ValueError, match=r"parallel.expert=3 does not divide the 4 data-parallel x"):
         check(cfg, 4, HF_CONFIG | {"num_experts": 9})
     check(cfg, 3, HF_CONFIG | {"num_experts": 9})
 
