@@ -1,11 +1,13 @@
-"""Draws the curves of one or more runs into a PNG: python tools/plot_run.py RUN_DIR [RUN_DIR ...] [--out FILE] [--smooth N]
+"""Draws the curves of one or more runs into a PNG: python tools/plot_run.py RUN_DIR [RUN_DIR ...] [--out FILE] [--smooth N] [--seeds]
 
 Reads RUN_DIR/metrics.jsonl, also of a run still at work. A panel is there if one of its metrics is; several runs share the panels.
+With --seeds runs share a colour whose directories are named alike but for a number at the end: xpo_0, xpo_1, xpo_2.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -93,8 +95,12 @@ def series_of(records: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.n
     return np.array([step for step, _ in known]), np.array([value for _, value in known], dtype=float)
 
 
-def figure_of(runs: dict[str, list[dict[str, Any]]], smooth: int = 1) -> Figure:
-    """The figure of runs (label -> records of metrics.jsonl), with each of PANELS that a run has data for; ValueError where none has."""
+def figure_of(runs: dict[str, list[dict[str, Any]]], smooth: int = 1, seeds: bool = False) -> Figure:
+    """The figure of runs (label -> records of metrics.jsonl), with each of PANELS that a run has data for; ValueError where none has.
+
+    With `seeds` the runs whose labels differ in a number at the end alone have one colour.
+    """
+    colors = colors_of(runs, seeds)
     keys = {key for records in runs.values() for record in records for key in record}
     panels = [panel for panel in (*PANELS, *validation_panels(keys)) if any(key in keys for key, _ in panel.series)]
     if not panels:
@@ -106,29 +112,42 @@ def figure_of(runs: dict[str, list[dict[str, Any]]], smooth: int = 1) -> Figure:
         figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08, wspace=0.03, hspace=0.04)
         for index, panel in enumerate(panels):
             axes = figure.add_subplot(num_rows, num_columns, index + 1)
-            draw(axes, panel, runs, smooth)
+            draw(axes, panel, runs, colors, smooth)
             if index >= len(panels) - num_columns:
                 axes.set_xlabel("step")
         if len(runs) > 1:
-            lines = [Line2D([], [], color=COLORS[index % len(COLORS)], linewidth=2.5) for index in range(len(runs))]
-            figure.legend(lines, list(runs), loc="outside upper left", ncols=4, fontsize=11)
+            named = {kind_of(label) if seeds else label: color for label, color in colors.items()}
+            lines = [Line2D([], [], color=color, linewidth=2.5) for color in named.values()]
+            figure.legend(lines, list(named), loc="outside upper left", ncols=4, fontsize=11)
         else:
             figure.suptitle(next(iter(runs)), x=0.01, horizontalalignment="left", color="#444444")
     return figure
 
 
-def draw(axes: Axes, panel: Panel, runs: dict[str, list[dict[str, Any]]], smooth: int) -> None:
-    """Draws a panel: one run tells its series apart by colour, several runs have a colour each and tell the series apart by dashes."""
+def kind_of(label: str) -> str:
+    """The label without a number at its end."""
+    return re.sub(r"[-_.]?\d+$", "", label) or label
+
+
+def colors_of(labels: Iterable[str], seeds: bool) -> dict[str, str]:
+    """Each run's colour; with `seeds` that of its kind."""
+    kinds = {label: kind_of(label) if seeds else label for label in labels}
+    places = {kind: place for place, kind in enumerate(dict.fromkeys(kinds.values()))}
+    return {label: COLORS[places[kind] % len(COLORS)] for label, kind in kinds.items()}
+
+
+def draw(axes: Axes, panel: Panel, runs: dict[str, list[dict[str, Any]]], colors: dict[str, str], smooth: int) -> None:
+    """Draws a panel: one run tells its series apart by colour, several runs have their `colors` and tell the series apart by dashes."""
     axes.set_title(panel.title)
     if panel.level is not None:
         axes.axhline(panel.level, color="#999999", linewidth=1.0, linestyle=(0, (2, 2)), zorder=1)
     handles = {}
-    for run_index, records in enumerate(runs.values()):
+    for label_of_run, records in runs.items():
         for series_index, (key, label) in enumerate(panel.series):
             steps, values = series_of(records, key)
             if not len(steps):
                 continue
-            color = COLORS[(run_index if len(runs) > 1 else ROLES[label]) % len(COLORS)]
+            color = colors[label_of_run] if len(runs) > 1 else COLORS[ROLES[label]]
             dashes = DASHES[series_index] if len(runs) > 1 else "-"
             measured = key.startswith(("eval/", "validation-"))  # now and then: each value by itself, marked
             window = 1 if measured else smooth
@@ -186,13 +205,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="run.dir of a training run, finished or at work")
     parser.add_argument("--out", type=Path, help="the PNG to write; default: RUN_DIR/curves.png, or curves.png here for several runs")
     parser.add_argument("--smooth", type=int, default=5, metavar="N", help="mean over the last N steps, on the raw curve (default 5)")
+    parser.add_argument("--seeds", action="store_true", help="one colour for runs named alike but for a number at the end")
     options = parser.parse_args(arguments)
     out = options.out or (options.run_dirs[0] if len(options.run_dirs) == 1 else Path()) / "curves.png"
     try:
         if options.smooth < 1:
             raise ValueError(f"--smooth {options.smooth}: needs 1 (off) or more")
         runs = dict(zip(labels_of(options.run_dirs), map(read_run, options.run_dirs), strict=True))
-        figure_of(runs, options.smooth).savefig(out, dpi=150)
+        figure_of(runs, options.smooth, options.seeds).savefig(out, dpi=150)
     except (ValueError, OSError) as error:
         sys.exit(f"plot_run: {error}")
     print(out)

@@ -54,6 +54,14 @@ def test_runs_are_overlaid_with_a_colour_and_a_label_each():
     assert len({line.get_color() for line in figure.axes[0].lines}) == 3
 
 
+def test_seeds_of_one_recipe_share_a_colour():
+    runs = {name: OFFLINE for name in ("xpo_0", "xpo_1", "dpo-7", "3")}
+    figure = plot_run.figure_of(runs, seeds=True)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["xpo", "dpo", "3"]
+    colors = [line.get_color() for line in figure.axes[0].lines]
+    assert colors[0] == colors[1] and len(colors) == 4 and len(set(colors)) == 3
+
+
 def test_validation_sets_have_panels_of_their_own_with_every_value_marked():
     records = [{"step": step, "validation-a_b_loss": 1.0, "validation-c_loss": 2.0, "validation-c_rewards/accuracies": 0.1 * step} for step in (0, 5)]
     figure = plot_run.figure_of({"run": records}, smooth=5)
