@@ -103,7 +103,9 @@ def _attend(
     # Under a window no query sees the blocks before `origin`.
     origin = 0 if window < 0 else max(0, shortest - 1 - window) // block_size * block_size
     blocks = block_table[:, origin // block_size : -(-longest // block_size)].clamp(min=0)
-    keys, values = (cache[blocks].flatten(1, 2)[:, : longest - origin] for cache in (k_cache, v_cache))  # copies
+    # Copies; index_select takes whole blocks, where an index in brackets goes number by number.
+    gathered = (cache.index_select(0, blocks.flatten()).view(requests, -1, groups, width) for cache in (k_cache, v_cache))
+    keys, values = (cached[:, : longest - origin] for cached in gathered)
     position = torch.arange(shortest, longest, device=q.device)  # those before are seen by every query, but for the window
     values[:, shortest - origin :].masked_fill_((position >= lengths[:, None])[:, :, None, None], 0)  # dead keys are masked as scores
     place = (lengths[:, None] - num_q + torch.arange(num_q, device=q.device))[..., None]

@@ -82,9 +82,9 @@ def train_until_killed(tree: dict) -> None:
 
     sample, add, step, answers = pairs.sample, answer_cache.AnswerCache.add, [], []
 
-    def sample_and_note(prompts, generate, models, number):
-        step.append(number)
-        return sample(prompts, generate, models, number)
+    def sample_and_note(prompts, generate, models, numbers):
+        step.append(numbers[0])
+        return sample(prompts, generate, models, numbers)
 
     def add_and_die(self, key, text):
         add(self, key, text)
