@@ -124,7 +124,9 @@ def test_at_every_layout(runs, loss, layout):
     for record, expected in zip(metrics_of(runs(loss, layout, 3)), metrics_of(runs(loss, "one process", 3)), strict=True):
         assert record.keys() == expected.keys()
         for name in [name for name in ("loss", "grad_norm", "kto/kl", "objective/kl", "validation-same_loss") if name in expected]:
-            assert record[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6), (record["step"], name)
+            # KL is a difference of sums of log-probabilities, each of them some tens: 1e-5 of these, not of it.
+            noise = 1e-5 if name == "objective/kl" else 1e-6
+            assert record[name] == pytest.approx(expected[name], rel=1e-5, abs=noise), (record["step"], name)
 
 
 def test_a_run_with_a_running_mean_resumes(inputs, runs, tmp_path):
