@@ -39,7 +39,7 @@ PACKAGES = ("megapref", "torch", "megatron-core", "transformers", "datasets", "h
 
 
 @contextmanager
-def _os_errors_told(path: Path) -> Iterator[None]:
+def os_errors_told(path: Path) -> Iterator[None]:
     """Turns what the file system refuses into a ValueError that names the directory, the cause and the remedy."""
     try:
         yield
@@ -62,7 +62,7 @@ def create_run_dir(path: str | Path, resolved_yaml: str, resume: bool, device: d
     if is_old and not resume:
         raise ValueError(f"run.dir={path} already holds a run; use run.resume=auto to go on with it, or another run.dir")
     environment = json.dumps(environment_report() | (device or {}), indent=2) + "\n"
-    with _os_errors_told(path):
+    with os_errors_told(path):
         path.mkdir(parents=True, exist_ok=True)
         if not is_old:
             _set_aside(path)
@@ -169,7 +169,7 @@ class RunLog:
         self._step = -1 if resumed_at is None else resumed_at
         self._console = console or Console()
         self._wandb = _open_wandb(wandb, run_dir, resumed_at) if wandb else None
-        with _os_errors_told(run_dir):
+        with os_errors_told(run_dir):
             kept = _cut_after(run_dir / "metrics.jsonl", self._step)
             samples.cut_after(run_dir, self._step)
             self._tensorboard = _open_tensorboard(run_dir, self._step + 1) if tensorboard else None
@@ -188,7 +188,7 @@ class RunLog:
         assert step > self._step, f"step {step} is written after step {self._step}"
         self._step = step
         metrics = {key: value.item() if hasattr(value, "item") else value for key, value in metrics.items()}
-        with _os_errors_told(self.run_dir):
+        with os_errors_told(self.run_dir):
             with (self.run_dir / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps({"step": step} | {key: json_value(value) for key, value in metrics.items()}) + "\n")
             for key, value in metrics.items() if self._tensorboard else ():
@@ -220,7 +220,7 @@ class RunLog:
         """Records sample completions: of training (prompt, first, second, ...) or of an evaluation (prompt, policy, opponent, ...)."""
         if self.run_dir is None or not rows:
             return
-        with _os_errors_told(self.run_dir):
+        with os_errors_told(self.run_dir):
             kind = samples.write_table(self.run_dir, step, rows)
         if kind == "evaluation":
             self._evaluation_rows = rows
@@ -239,7 +239,7 @@ class RunLog:
         """Records that the run was asked to stop, for people and for the scripts that resume it."""
         if self.run_dir is None:
             return
-        with _os_errors_told(self.run_dir):
+        with os_errors_told(self.run_dir):
             (self.run_dir / "stopped.json").write_text(json.dumps({"step": step, "reason": reason}) + "\n")
         self.message(f"saved and stopped after step {step}, as {reason}; go on with run.resume=auto")
 
@@ -263,7 +263,8 @@ class RunLog:
         if self._live:
             self._live.stop()
         if self._tensorboard:
-            self._tensorboard.close()
+            with os_errors_told(self.run_dir):
+                self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
 

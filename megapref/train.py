@@ -25,6 +25,7 @@ from megapref.mcore.optimizer import learning_rate
 from megapref.mcore.step import TrainState, train_step
 from megapref.phases import phase
 from megapref.progress import best_steps, evaluated, observed
+from megapref.saves import Saves
 
 
 def main(cfg: Config) -> bool:
@@ -61,6 +62,7 @@ def train(cfg: Config, run: Run, log: runlog.RunLog) -> bool:
     state, progress, run_dir = run.state, run.progress, Path(cfg.run.dir)
     record = phase("writing")(setup.on_first_rank(partial(_record, cfg, log)))  # a full disk ends every rank
     deadline = setup.on_first_rank(signals.deadline)(cfg.save.before_deadline)
+    saves = Saves(cfg.save, run_dir / "checkpoints", log.message)
     is_untrained = state.step == 0
     if is_untrained:
         evaluation, rows = _evaluate(run)
@@ -70,7 +72,7 @@ def train(cfg: Config, run: Run, log: runlog.RunLog) -> bool:
         with phase("pairs", state.step + 1):
             batch = _of_all_ranks(next(run.source))
             if run.write_ledger:
-                setup.on_first_rank(run.write_ledger)(batch)
+                setup.on_first_rank(runlog.os_errors_told(run_dir)(run.write_ledger))(batch)
         metrics, rows = step(cfg, run, batch), []
         warnings = observed(progress, cfg, metrics, run.has_reference)
         last = state.step == run.total_steps or bool(progress.stopped)
@@ -90,11 +92,11 @@ def train(cfg: Config, run: Run, log: runlog.RunLog) -> bool:
         run.sync_reference()
         best = best_steps(progress, cfg)
         last = last or bool(progress.stopped)
+        saves.look(best)
         stop = setup.largest(signals.asked_to_stop(deadline)) if not last and _between_rounds(cfg, state.step) else 0
         if _due(state.step, cfg.save.every, last or stop > 0) or state.step in best:
             extra = {"made_with": run.identity, "progress": asdict(progress)}
-            with phase("saving"):
-                checkpoint.save_checkpoint(state, run_dir / "checkpoints", cfg.save.keep, extra, protected=best)
+            saves.save(state, extra, best, is_end=last or stop > 0, must=stop > 0)
         if stop:
             setup.on_first_rank(log.stopped)(state.step, signals.reason(stop))
             return True

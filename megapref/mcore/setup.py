@@ -127,6 +127,13 @@ def gather_over_world(value: Any) -> list[Any]:
     return gathered
 
 
+def gather_on_first_rank(value: Any) -> list[Any] | None:
+    """`value` of every process, in rank order, on the first rank."""
+    gathered = [None] * dist.get_world_size() if is_first_rank() else None
+    dist.gather_object(value, gathered)
+    return gathered
+
+
 def largest(number: int) -> int:
     """The largest of every process's number, on every process."""
     numbers = torch.tensor(number, device=device.current())

@@ -75,19 +75,20 @@ def at_step(whole: Path, copy: Path, step: int) -> Path:
 
 def train_until_killed(tree: dict, step: int, where: str) -> None:
     """Trains; the process kills itself in the given step, before the save or in its middle."""
-    from megapref.mcore import checkpoint, setup
+    from megapref import saves
+    from megapref.mcore import saving, setup
 
     def die(*args):
         if setup.is_first_rank():
             os.kill(os.getpid(), signal.SIGKILL)
 
-    save, finish = checkpoint.save_checkpoint, checkpoint._finish
+    save, finish = saves.begin_save, saving._finish
 
     def save_or_die(state, *args, **options):
-        checkpoint._finish = die if (state.step, where) == (step, "during") else finish
+        saving._finish = die if (state.step, where) == (step, "during") else finish
         return die() if (state.step, where) == (step, "before") else save(state, *args, **options)
 
-    checkpoint.save_checkpoint = save_or_die
+    saves.begin_save = save_or_die
     run_training(tree)
 
 
@@ -101,7 +102,7 @@ def _die_at(step: int, place: str) -> None:
     import tiny_runs
 
     from megapref.data import ledger
-    from megapref.mcore import checkpoint, generation
+    from megapref.mcore import generation, saving
     from megapref.mcore import step as mcore_step
     from megapref.online import pairs
 
@@ -110,7 +111,7 @@ def _die_at(step: int, place: str) -> None:
         "judging": (tiny_runs, "letters"),
         "ledger": (ledger.pq, "write_table"),
         "training": (mcore_step, "apply_gradients"),
-        "saving": (checkpoint, "_finish"),
+        "saving": (saving, "_finish"),
     }
     (holder, name), sample, calls = where[place], pairs.sample, []
 
@@ -333,37 +334,3 @@ def test_resume_at_another_layout(inputs, whole_run, tmp_path, world, parallel):
     for record, expected in zip(numbers(run_dir), numbers(whole), strict=True):
         for name in expected.keys() & {"loss", "grad_norm", "eval/reward"}:
             assert record[name] == pytest.approx(expected[name], rel=1e-5), (record["step"], name)
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_disk_that_is_full_on_one_rank(inputs, whole_run, tmp_path, rank):
-    """All ranks say so and end, and the earlier checkpoint still serves."""
-    whole, run_dir = whole_run("offline", "tp2"), tmp_path / "run"
-    groups = {"parallel": {"tensor": 2}, "train": {"steps": 5}, "save": {"every": 2, "keep": 3, "export": True}}
-    messages = run_distributed(train_on_a_full_disk, 2, options(inputs, run_dir, "offline", **groups), rank)
-    assert messages[0] == messages[1] and "cannot write the checkpoint" in messages[0] and "step_000004" in messages[0]
-    assert len(messages[0].splitlines()) < 10
-    assert set(resume(inputs, run_dir, "offline", "tp2")) == {""}
-    same_as(run_dir, whole)
-
-
-def train_on_a_full_disk(tree: dict, full_rank: int) -> str:
-    """Trains; from the second checkpoint on the given rank cannot write files of more than 10,000 bytes."""
-    import resource
-
-    from megapref.mcore import checkpoint
-
-    save = checkpoint.save_checkpoint
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def save_on_full_disk(state, *args, **options):
-        if state.step == 4 and int(os.environ["RANK"]) == full_rank:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
-        return save(state, *args, **options)
-
-    checkpoint.save_checkpoint = save_on_full_disk
-    try:
-        return run_training(tree)
-    finally:
-        checkpoint.save_checkpoint = save
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

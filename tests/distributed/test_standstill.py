@@ -41,7 +41,7 @@ def train_and_do(tree: dict, place: str, rank: int, what: str) -> None:
     """Trains; in step 2 one rank stops, sleeps or raises at the given place."""
     import tiny_runs
 
-    from megapref.mcore import checkpoint, generation
+    from megapref.mcore import generation, saving
     from megapref.mcore import step as mcore_step
     from megapref.phases import here
 
@@ -49,7 +49,7 @@ def train_and_do(tree: dict, place: str, rank: int, what: str) -> None:
         "generation": (generation._Sampler, "sample_kernel"),
         "judging": (tiny_runs, "letters"),
         "training": (mcore_step, "apply_gradients"),
-        "saving": (checkpoint, "_checksums"),
+        "saving": (saving, "_checksums"),
     }
     holder, name = where[place]
     real = getattr(holder, name)
@@ -85,7 +85,8 @@ def train_and_do(tree: dict, place: str, rank: int, what: str) -> None:
     ],
 )
 def test_rank_that_stands_still_is_named_with_step_and_phase(inputs, tmp_path, place, rank, what):
-    ends = ends_of(train_and_do, 2, tree_of(inputs, tmp_path / "run"), place, rank, what, grace=2)
+    parallel = {"tensor": 2} if place == "saving" else {}  # copies of the model write nothing
+    ends = ends_of(train_and_do, 2, tree_of(inputs, tmp_path / "run", parallel=parallel), place, rank, what, grace=2)
     other = 1 - rank
     stopped = -signal.SIGKILL if what == "stops" else STUCK
     assert [ends[rank][0], ends[other][0]] == [stopped, STUCK], ends

@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "verdicts": ("batch", "config", "mcore", "online", "plugins", "phases"),
     "sources": ("batch", "config", "data", "inference", "mcore", "online", "verdicts"),
     "progress": ("config",),
+    "saves": ("config", "mcore", "phases"),
     "engines": ("batch", "config", "convert", "mcore", "parallel"),
     "judge_model": ("batch", "config", "convert", "data", "mcore"),
     "opponent": ("batch", "config", "convert", "data", "mcore"),
@@ -58,7 +59,7 @@ MAY_IMPORT = {
         "progress",
         "sources",
     ),
-    "train": ("batch", "build", "config", "data", "losses", "mcore", "phases", "progress", "runlog", "signals"),
+    "train": ("batch", "build", "config", "data", "losses", "mcore", "phases", "progress", "runlog", "saves", "signals"),
     "plan": ("batch", "data"),
     "planning": ("batch", "config", "convert", "data", "losses", "mcore", "methods", "online", "plan", "sources"),
 }
