@@ -27,7 +27,8 @@ from megapref.engines import make_engines
 from megapref.judge_model import local_model
 from megapref.losses.combined import is_first_only, is_of_completions, parts
 from megapref.mcore import batch_wide, checkpoint, reference, setup
-from megapref.mcore.model import build_model, dtype_of
+from megapref.mcore.kernels import Choice, choose, machine
+from megapref.mcore.model import build_model
 from megapref.mcore.optimizer import build_optimizer, wrap_for_training
 from megapref.mcore.step import TrainState
 from megapref.methods import compares_with_reference, load_losses
@@ -64,8 +65,9 @@ def build(cfg: Config, resume_from: Path | None) -> Run:
     is_online = cfg.method.pairs == "online"  # its evaluation, and maybe an opponent, samples from the reference
     ref = None
     if cfg.reference.mode in ("resident", "swapped") and (has_reference or is_online):
-        ref = reference.resident(_load_model(cfg, inputs)) if cfg.reference.mode == "resident" else reference.swapped(policy)
-    chunks = wrap_for_training(policy)
+        is_resident = cfg.reference.mode == "resident"
+        ref = reference.resident(_load_model(cfg, inputs, cfg.reference.fp8_weights)) if is_resident else reference.swapped(policy)
+    chunks = wrap_for_training(policy, cfg.precision)
     moving = ref if cfg.reference.sync_steps else None
     state = TrainState(chunks, build_optimizer(chunks, cfg.optimizer, cfg.precision), moving_reference=moving)
     total_steps, progress = _total_steps(cfg, inputs.data), Progress()
@@ -125,6 +127,11 @@ def fill_cache(cfg: Config) -> None:
     with_reference(cfg, inputs.folder, _load_model(cfg, inputs), inputs.data)
 
 
+def kernels_of(cfg: Config) -> Choice:
+    """What computes the config's model on this machine."""
+    return choose(read_spec(find_model(cfg.model.path)).transformer, cfg.parallel.tensor, cfg.precision, cfg.kernels, machine())
+
+
 @dataclass(frozen=True)
 class Inputs:
     """What is read before any model is made."""
@@ -144,8 +151,9 @@ def _read_inputs(cfg: Config) -> Inputs:
     return Inputs(losses, folder, spec, tokenizer, sources.load_data(cfg, tokenizer, spec.max_positions, is_of_completions(losses[0])))
 
 
-def _load_model(cfg: Config, inputs: Inputs) -> list[torch.nn.Module]:
-    chunks = build_model(inputs.spec, cfg.parallel, dtype_of(cfg.precision))
+def _load_model(cfg: Config, inputs: Inputs, fp8_weights: bool | None = None) -> list[torch.nn.Module]:
+    precision = cfg.precision if fp8_weights is None else replace(cfg.precision, fp8_weights=fp8_weights)
+    chunks = build_model(inputs.spec, cfg.parallel, precision, cfg.kernels)
     load_hf(chunks, inputs.spec, inputs.folder)
     return chunks
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from megapref.parallel import divisors
 from megapref.plugins import show
+from megapref.precision_checks import precision_rules
 from megapref.sampling_checks import sampling_rules
 from megapref.signals import seconds
 
@@ -33,7 +34,7 @@ def check(cfg: Config, world_size: int | None, hf_config: dict[str, Any] | None)
     `hf_config` is the model's config.json; call again once a hub model's is there.
     """
     of_values = [*_layout(cfg, world_size), *_model(cfg, hf_config), *_lengths(cfg), *_method(cfg), *_streaming(cfg), *_action(cfg)]
-    errors = [*of_values, *sampling_rules(cfg), *_save(cfg), *_optimizer(cfg), *_sources(cfg), *_files(cfg)]
+    errors = [*of_values, *sampling_rules(cfg), *_save(cfg), *_optimizer(cfg), *precision_rules(cfg, hf_config), *_sources(cfg), *_files(cfg)]
     if errors:
         raise ValueError("\n".join(errors))
 

@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal
 from megapref.checks import check, read_hf_config, resolve_path
 from megapref.compose import as_yaml, compose_recipe, compose_settings, search_path
 from megapref.parallel import Count, Parallel, SamplingParallel
+from megapref.precision import Kernels, Precision, Whole
 from megapref.schema import MISSING, build
 
-Whole = Annotated[int, ">= 0"]
 Positive = Annotated[float, "> 0"]
 NotNegative = Annotated[float, ">= 0"]
 Share = Annotated[float, ">= 0", "<= 1"]
@@ -114,11 +114,7 @@ class Reference:
     cache: str | None = None  # folder of cached log-probabilities, may be shared by runs and models; null: run.dir/reference_cache
     sync_steps: Whole = 0  # TR-DPO (TRL's ref_model_sync_steps): every so many steps the reference moves towards the policy; 0: never
     mixup_alpha: Annotated[float, "> 0", "<= 1"] = 0.6  # by this share (ref_model_mixup_alpha)
-
-
-@dataclass(frozen=True)
-class Precision:
-    dtype: Literal["fp32", "bf16"] = "fp32"  # of weights and activations; losses and optimizer are fp32
+    fp8_weights: bool = False  # a resident one's weights are kept in FP8 alone, with precision.fp8
 
 
 @dataclass(frozen=True)
@@ -131,6 +127,7 @@ class Optimizer:
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warmup, until train.steps
     warmup_steps: Whole = 0  # linear from 0
     min_lr: NotNegative = 0.0  # where linear and cosine end
+    offload: Share = 0.0  # of the optimizer's state is held, and its step taken, in CPU memory (needs a GPU)
 
 
 @dataclass(frozen=True)
@@ -201,6 +198,7 @@ class Config:
     reference: Reference = field(default_factory=Reference)
     parallel: Parallel = field(default_factory=Parallel)
     precision: Precision = field(default_factory=Precision)
+    kernels: Kernels = field(default_factory=Kernels)
     optimizer: Optimizer = field(default_factory=Optimizer)
     generation: Generation = field(default_factory=Generation)
     reward: dict[str, WeightedPlugin] = field(default_factory=dict)  # functions by name; the score is their weighted sum
@@ -209,6 +207,11 @@ class Config:
     guard: Guard = field(default_factory=Guard)
     save: Save = field(default_factory=Save)
     log: Log = field(default_factory=Log)
+
+    @property
+    def pad_multiple(self) -> int:
+        """What the rows of a pack are padded to a multiple of, so that every rank's part suits the layout and the matrix products."""
+        return self.parallel.pad_multiple * self.precision.pad_multiple
 
 
 def load(config_name: str, overrides: list[str], config_dir: str | None = None, world_size: int | None = 1) -> Config:

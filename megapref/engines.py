@@ -14,7 +14,7 @@ from megapref.config import Config
 from megapref.convert.refit import refit
 from megapref.mcore import setup
 from megapref.mcore.generation import Draw, Engine
-from megapref.mcore.model import build_model, dtype_of
+from megapref.mcore.model import build_model
 from megapref.mcore.reference import Reference, resident
 from megapref.parallel import Parallel
 
@@ -64,7 +64,7 @@ def _refitted(cfg: Config, policy_spec: ModelSpec, max_length: int, tensor: int)
     groups = setup.sampling_groups(tensor)
 
     def build(spec: ModelSpec) -> Chunks:
-        return resident(build_model(spec, Parallel(tensor=tensor), dtype_of(cfg.precision), groups)).chunks
+        return resident(build_model(spec, Parallel(tensor=tensor), cfg.precision, cfg.kernels, groups)).chunks
 
     @cache
     def copy(number: int) -> Chunks:

@@ -16,7 +16,7 @@ from megapref.convert.hf import find_model, load_hf
 from megapref.data.chat import load_tokenizer
 from megapref.data.packing import pack, pair_tokens
 from megapref.mcore import reference, setup
-from megapref.mcore.model import build_model, dtype_of
+from megapref.mcore.model import build_model
 from megapref.mcore.reference import Reference
 from megapref.mcore.step import score_packs
 
@@ -36,7 +36,7 @@ def local_model(
         in_place = ref.in_place
     else:
         folder, spec, tokenizer = setup.on_every_rank(_read)(name)
-        chunks = build_model(spec, cfg.parallel, dtype_of(cfg.precision))
+        chunks = build_model(spec, cfg.parallel, cfg.precision, cfg.kernels)
         load_hf(chunks, spec, folder)
         in_place = reference.resident(chunks).in_place
     return LocalModel(tokenizer, spec.max_positions, partial(_logps, cfg, in_place))
@@ -50,8 +50,8 @@ def _read(name: str):
 def _logps(cfg: Config, in_place, pairs: list[TokenPair]) -> list[tuple[float, float]]:
     """The log-probability of each pair's two sides after its prompt, the same on every rank of the model's group."""
     numbered = [replace(pair, extras={"number": float(i)}) for i, pair in enumerate(pairs)]  # the packs say which pairs are in them by this
-    longest = max(map(pair_tokens, pairs)) + cfg.parallel.pad_multiple - 1
-    multiples = {"pad_multiple": cfg.parallel.pad_multiple, "pack_multiple": cfg.parallel.pack_multiple}
+    longest = max(map(pair_tokens, pairs)) + cfg.pad_multiple - 1
+    multiples = {"pad_multiple": cfg.pad_multiple, "pack_multiple": cfg.parallel.pack_multiple}
     packs = pack(numbered, max_tokens=max(cfg.pack.max_tokens, longest), **multiples)[0]
     with in_place() as chunks:
         scored = score_packs(chunks, packs)

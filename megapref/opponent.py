@@ -13,7 +13,7 @@ from megapref.convert.families import read_spec
 from megapref.convert.hf import find_model, load_hf
 from megapref.data.chat import load_tokenizer
 from megapref.mcore import checkpoint, reference, setup
-from megapref.mcore.model import build_model, dtype_of
+from megapref.mcore.model import build_model
 
 
 def load_opponent(cfg: Config, spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[torch.nn.Module], ModelSpec]:
@@ -23,11 +23,11 @@ def load_opponent(cfg: Config, spec: ModelSpec, tokenizer: PreTrainedTokenizerBa
     """
     path = Path(cfg.evaluation.against)
     if checkpoint.is_checkpoint(path):
-        chunks = build_model(spec, cfg.parallel, dtype_of(cfg.precision))
+        chunks = build_model(spec, cfg.parallel, cfg.precision, cfg.kernels)
         checkpoint.load_weights(chunks, path)
     else:
         folder, spec = setup.on_every_rank(_read)(path, tokenizer, max_length)
-        chunks = build_model(spec, cfg.parallel, dtype_of(cfg.precision))
+        chunks = build_model(spec, cfg.parallel, cfg.precision, cfg.kernels)
         load_hf(chunks, spec, folder)
     return reference.resident(chunks).chunks, spec
 

@@ -27,6 +27,7 @@ class Parallel:
     expert: Count = 1  # ranks that share the experts
     sequence: bool = False  # norms and dropouts split over the tensor ranks
     recompute: Literal["none", "selective", "full"] = "none"  # in backward, to save memory: nothing, the attention, or whole layers
+    offload_layers: Annotated[int, ">= 0"] = 0  # whose activations are in CPU memory from forward to backward (needs Transformer Engine)
 
     @property
     def pad_multiple(self) -> int:

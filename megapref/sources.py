@@ -133,7 +133,7 @@ def packs_of(cfg: Config, pairs: list[TokenPair] | list[TokenCompletion]) -> tup
         max_tokens=cfg.pack.max_tokens,
         num_ranks=setup.data_parallel_size(),
         share_prompt=cfg.pack.share_prompt,
-        pad_multiple=cfg.parallel.pad_multiple,
+        pad_multiple=cfg.pad_multiple,
         pack_multiple=cfg.parallel.pack_multiple,
     )
     return packs[setup.data_parallel_rank()], packing_stats(packs)
@@ -243,7 +243,7 @@ def _load_pairs(cfg: Config, tokenizer: PreTrainedTokenizerBase, unpaired: bool,
 
 
 def _pack_tokens(cfg: Config) -> int:
-    return cfg.pack.max_tokens // cfg.parallel.pad_multiple * cfg.parallel.pad_multiple
+    return cfg.pack.max_tokens // cfg.pad_multiple * cfg.pad_multiple
 
 
 def _deal(cfg: Config, state: TrainState) -> dict:

@@ -14,13 +14,14 @@ import torch
 
 from megapref import runlog, signals
 from megapref.batch import PairBatch, means, summed
-from megapref.build import Run, build
+from megapref.build import Run, build, kernels_of
 from megapref.config import Config, to_yaml
 from megapref.data import ledger
 from megapref.data.prompts import round_start
 from megapref.losses.combined import combine
 from megapref.losses.pairs import sft
 from megapref.mcore import capabilities, checkpoint, setup
+from megapref.mcore.kernels import check_machine, machine
 from megapref.mcore.optimizer import learning_rate
 from megapref.mcore.step import TrainState, train_step
 from megapref.phases import phase
@@ -33,6 +34,7 @@ def main(cfg: Config) -> bool:
 
     ValueError, on every rank alike, for what the user can mend.
     """
+    check_machine(cfg, machine())
     torch.manual_seed(cfg.run.seed)
     setup.start(cfg.parallel, cfg.run.seed, signals.seconds(cfg.run.stuck_after or ""), cfg.run.stuck_after or "")
     try:
@@ -208,7 +210,7 @@ def _make_run_dir(cfg: Config, resume_from: Path | None) -> None:
         )
     # From a checkpoint of another run a new one starts, in a directory of its own.
     is_own = cfg.run.resume == "auto" or (resume_from is not None and run_dir.resolve() in resume_from.resolve().parents)
-    runlog.create_run_dir(run_dir, to_yaml(cfg), resume=is_own, device=capabilities.report())
+    runlog.create_run_dir(run_dir, to_yaml(cfg), resume=is_own, device=capabilities.report(kernels_of(cfg)))
 
 
 def _open_log(cfg: Config, run: Run, resume_from: Path | None) -> runlog.RunLog:

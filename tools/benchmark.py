@@ -105,7 +105,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict:
     report = {"environment": environment_report(), "hardware": hardware(), "settings": settings, "model": describe(spec), "data": lengths(pairs)}
 
     def load() -> list[torch.nn.Module]:
-        chunks = build_model(spec, config.Parallel(), torch.float32)
+        chunks = build_model(spec, config.Parallel())
         load_hf(chunks, spec, folder)
         return chunks
 

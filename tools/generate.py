@@ -89,7 +89,7 @@ def _load(path: Path) -> tuple[list[torch.nn.Module], Path]:
     source = yaml.safe_load((path / "config.yaml").read_text())["model"]["path"] if newest else str(exported if is_run else path)
     folder = find_model(resolve_path(source))
     spec = read_spec(folder)
-    chunks = build_model(spec, Parallel(), torch.float32)
+    chunks = build_model(spec, Parallel())
     if newest:
         checkpoint.load_weights(chunks, newest)
     else:

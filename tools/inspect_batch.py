@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
 def load_rows(cfg: Config, tokenizer: PreTrainedTokenizerBase, dropped: list[BadRow]) -> tuple[Rows, dict[str, int]]:
     """The rows that training would have with bad rows and ties skipped, and what was counted; `dropped` gets the reasons."""
     cfg = replace(cfg, data=replace(cfg.data, on_bad_row="skip", ties="skip"))
-    pack_tokens = cfg.pack.max_tokens // cfg.parallel.pad_multiple * cfg.parallel.pad_multiple
+    pack_tokens = cfg.pack.max_tokens // cfg.pad_multiple * cfg.pad_multiple
     if cfg.method.pairs == "online":
         return load_prompts(cfg.data.train, tokenizer, **prompt_options(cfg, pack_tokens, cfg.data.max_length), dropped=dropped)
     unpaired = is_of_completions(load_losses(cfg.loss)[0])
@@ -140,7 +140,7 @@ def show_packs(
         rows,
         max_tokens=cfg.pack.max_tokens,
         share_prompt=cfg.pack.share_prompt,
-        pad_multiple=cfg.parallel.pad_multiple,
+        pad_multiple=cfg.pad_multiple,
         pack_multiple=cfg.parallel.pack_multiple,
     )
     stats, kind = packing_stats(packs), KINDS[type(rows[0])]

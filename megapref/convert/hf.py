@@ -24,7 +24,7 @@ from megapref.batch import ModelSpec
 from megapref.convert import mapping
 from megapref.convert.refit import whole_experts
 from megapref.mcore import gather, setup
-from megapref.mcore.model import named_weights
+from megapref.mcore.model import named_weights, set_weight
 
 MAX_FILE_BYTES = 5 * 10**9
 _COMPANIONS = (
@@ -158,7 +158,7 @@ def _fill(chunks: list[Module], spec: ModelSpec, files: dict[str, safe_open]) ->
         phases.moved()
         shape, stored = tuple(parameter.shape), lambda name: files[name].get_slice(name)
         with torch.no_grad():
-            parameter.copy_(mapping.read_shard(core_name, numbers, shape, spec, size, rank, stored))
+            set_weight(parameter, mapping.read_shard(core_name, numbers, shape, spec, size, rank, stored))
 
 
 def _whole_tensors(chunks: list[Module], spec: ModelSpec, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

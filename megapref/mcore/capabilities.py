@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import importlib
 import shutil
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import megatron.core.optimizer
 import torch
+import torch.nn.functional as F
 from megatron.core.transformer import attention
 
+from megapref.config import Kernels, Precision
 from megapref.mcore import cpu, device
-from megapref.mcore.model import FUSIONS
+from megapref.mcore.kernels import Choice, choose, machine, no_decoding_attention
 
-# Optional libraries: name, distribution, module that has to work. Without a GPU importing them can break Core itself: they are left alone.
-_OPTIONAL = (
-    ("Transformer Engine", "transformer-engine", "transformer_engine.pytorch"),
-    ("apex", "apex", "amp_C"),  # its compiled kernels, which PyPI's unrelated apex has not
-    ("flash-attn", "flash-attn", "flash_attn"),
-    ("flash-attn 3", "flash-attn-3", "flash_attn_3"),
-    ("flash-attn 4", "flash-attn-4", "flash_attn.cute"),
-)
+# What kernels are reported for where no run's model is known: Llama's layers, in bf16.
+_LLAMA = {"hidden_size": 4096, "num_attention_heads": 32, "ffn_hidden_size": 14336, "gated_linear_unit": True, "activation_func": F.silu}
 
 
-def report() -> dict[str, Any]:
-    """`device` (what there is), `libraries` (version, or why not) and `kernels` (operation: what computes it, and why nothing faster)."""
-    return {"device": device_report(), "libraries": library_report(), "kernels": kernel_report()}
+def report(choice: Choice | None = None) -> dict[str, Any]:
+    """`device` (what there is), `libraries` (version, or why not) and `kernels` (operation: what computes it, and why nothing faster).
+
+    `choice` is that of a run's model; without one it is that of a Llama in bf16.
+    """
+    return {"device": device_report(), "libraries": library_report(), "kernels": kernel_report(choice)}
 
 
 def summary() -> str:
@@ -56,48 +53,47 @@ def device_report() -> dict[str, Any]:
 
 def library_report() -> dict[str, str]:
     """The version of each optional library that works here, otherwise the reason why it does not."""
-    return {name: library_state(distribution, module, torch.cuda.is_available()) for name, distribution, module in _OPTIONAL}
+    return machine().libraries
 
 
-def library_state(distribution: str, module: str, has_gpu: bool) -> str:
-    """A version, or why the library is not used. It is imported only where a GPU is."""
-    try:
-        installed = version(distribution)
-    except PackageNotFoundError:
-        return "not installed"
-    if not has_gpu:
-        return f"{installed} is installed and not imported: there is no GPU"
-    try:
-        importlib.import_module(module)
-    except Exception as error:  # compiled extensions fail in many ways; whatever it is goes into the report
-        return f"{installed} does not work: {type(error).__name__}: {error}"
-    return installed
-
-
-def kernel_report() -> dict[str, dict[str, str]]:
+def kernel_report(choice: Choice | None = None) -> dict[str, dict[str, str]]:
     """Of each operation that has fused kernels somewhere: `used`, what computes it in this process, and `why` nothing faster does."""
+    choice = choice or choose(_LLAMA, 1, Precision(dtype="bf16"), Kernels(), machine())
+    te, plain = "Transformer Engine", "separate torch operations"
     adam = megatron.core.optimizer.Adam
-    of_adam = "neither Transformer Engine nor apex works here" if adam.__module__.startswith("torch.") else ""
-    paged = attention.flash_attn_with_kvcache
-    if cpu.ACTIVE:
-        decoding = _kernel("torch on the paged cache", "there is no GPU")
-    elif paged is None:
-        decoding = _kernel("none: generation will fail", "Core's engine needs flash-attn 2.7.3 or newer, 3 or 4")
-    else:
-        decoding = _kernel(paged.__module__, "")
     kernels = {
-        "attention, training": _kernel("torch scaled_dot_product_attention", "segments that share a prompt; other kernels are not connected"),
-        "attention, decoding": decoding,
-        "norm": _kernel("torch rms_norm, layer_norm", "sequence parallelism and zero-centred weights; other kernels are not connected"),
-        "Adam": _kernel(f"{adam.__module__.split('.')[0]} {adam.__name__}", of_adam),
+        "layers": (te if choice.te_layers else "torch linear", choice.why.get("layers", "")),
+        "attention, training": (
+            f"{te}: cuDNN, all segments of a pack in one call" if choice.te_attention else "torch scaled_dot_product_attention",
+            choice.why.get("attention", ""),
+        ),
+        "attention, decoding": _decoding(),
+        "norm": (
+            f"{te}, in the linear layer that follows" if choice.te_layers else "torch rms_norm, layer_norm",
+            "" if choice.te_layers else choice.why.get("layers", ""),
+        ),
+        "rope": ("fused" if choice.fused_rope else plain, choice.why.get("rope", "")),
+        "bias and activation": ("fused" if choice.fused_activation else plain, choice.why.get("activation", "")),
+        "bias and dropout": ("fused" if choice.fused_bias_dropout else plain, "" if choice.fused_bias_dropout else "there is no GPU"),
+        "gradient accumulation": (
+            "in the matrix product" if choice.fused_gradients else "after the matrix product",
+            choice.why.get("gradient accumulation", ""),
+        ),
+        "LM head": ("torch, in chunks of rows", "the rows that predict a completion token alone, in the run's dtype, never in FP8"),
+        "Adam": (
+            f"{adam.__module__.split('.')[0]} {adam.__name__}",
+            "neither Transformer Engine nor apex works here" if adam.__module__.startswith("torch.") else "",
+        ),
     }
-    for option, is_on in FUSIONS.items():
-        kernels[option] = _kernel("fused", "") if is_on else _kernel("separate torch operations", "switched off in megapref/mcore/model.py")
-    return kernels
+    return {operation: {"used": used, "why": why} for operation, (used, why) in kernels.items()}
 
 
-def _kernel(used: str, why: str) -> dict[str, str]:
-    return {"used": used, "why": why}
+def _decoding() -> tuple[str, str]:
+    if cpu.ACTIVE:
+        return "torch on the paged cache", "there is no GPU"
+    if (missing := no_decoding_attention(machine())) is not None:
+        return "none: generation is refused", missing
+    return attention.flash_attn_with_kvcache.__module__ if attention.flash_attn_with_kvcache else "flash-attn 3 or 4", ""
 
 
 def _driver() -> str | None:

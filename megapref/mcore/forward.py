@@ -16,7 +16,8 @@ from torch import Tensor
 
 from megapref.batch import PackedBatch
 from megapref.mcore import device as devices
-from megapref.mcore.attention import context_rows, segment_params, softcapped
+from megapref.mcore.attention import softcapped
+from megapref.mcore.segments import context_rows, segment_params
 
 # Rows of the LM head computed at once: [chunk, V] is the largest tensor the head makes.
 HEAD_CHUNK = 256
@@ -88,12 +89,17 @@ def forward_pack(chunk: torch.nn.Module, pack: PackedBatch) -> Tensor:
     T and K are a context-parallel rank's own. Under sequence parallelism, where a rank has some of the rows, the last stage too gives them all.
     """
     config, share = unwrap_model(chunk).config, _Share.of(pack)
-    output_rows = None if config.sequence_parallel else share.query_index_K
+    output_rows = None if config.sequence_parallel else _padded(share.query_index_K, config.pad_multiple)
     window = config.window_size and config.window_size[0] + 1
     context = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
-    params = segment_params(pack.segments_S, len(pack.token_ids_T), pack.token_ids_T.device, output_rows, window, context)
+    params = segment_params(pack.segments_S, len(pack.token_ids_T), pack.token_ids_T.device, output_rows, window, context, config.te_attention)
     tokens, positions = (ids if share.rows is None else ids[share.rows] for ids in (pack.token_ids_T, pack.position_ids_T))
     return chunk(tokens[None], positions[None], None, packed_seq_params=params)
+
+
+def _padded(index_K: Tensor, multiple: int) -> Tensor:
+    """The index with 0s at its end, of a length that matrix products take; what they make there is dropped."""
+    return torch.nn.functional.pad(index_K, (0, -len(index_K) % multiple))
 
 
 def completion_logps(
@@ -109,7 +115,7 @@ def completion_logps(
     if model.config.sequence_parallel:
         rows_KH = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)[:, 0].index_select(0, share.query_index_K)
     else:
-        rows_KH = copy_to_tensor_model_parallel_region(hidden)[:, 0]
+        rows_KH = copy_to_tensor_model_parallel_region(hidden)[: len(share.query_index_K), 0]
     weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else model.output_layer.weight
     vocab_start = parallel_state.get_tensor_model_parallel_rank() * weight.shape[0]
     # Rows added so that the vocabulary divides by the tensor-parallel size are not words: they must not be in the softmax.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 
 from megatron.core.transformer import TransformerConfig
@@ -10,14 +11,20 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules, get_transformer_layer_offset
 from megatron.core.transformer.utils import is_layer_window_attention
+from megatron.core.utils import get_pg_rank
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megapref.mcore import paged_attention
-from megapref.mcore.attention import SegmentAttention, SegmentParams
+from megapref.mcore.attention import SegmentAttention
+from megapref.mcore.kernels import without_fp8
 from megapref.mcore.norm import Norm, ProjectionNorm
+from megapref.mcore.segments import SegmentParams
+
+# Names of norms in distributed checkpoints, the same whether they are modules of their own or in a linear layer.
+_IN_CHECKPOINT = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_", "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 
 
 @dataclass
@@ -35,6 +42,12 @@ class DecoderConfig(TransformerConfig):
     parallel_residual: bool = False  # the MLP gets what the attention gets
     projection_qk_norm: bool = False  # norms of queries and keys over all heads together
     two_rotary_bases: bool = False  # of the angles that layers get, the last half is for those with a sliding window
+
+    # What computes the model: see kernels.Choice and config.Precision.
+    te_layers: bool = False
+    te_attention: bool = False
+    kept_in_bf16: frozenset[int] = frozenset()  # layers, from 0, whose matrix products are not in FP8
+    pad_multiple: int = 1  # of the rows of a matrix product
 
     def __post_init__(self):
         if self.projection_qk_norm:
@@ -91,9 +104,20 @@ def _normed(norm: Norm | None, output: Tensor, bias: Tensor | None) -> tuple[Ten
 
 
 class Layer(TransformerLayer):
-    """Core's layer with a parallel residual, x + attention(norm(x)) + MLP(norm(x)), where the config says so."""
+    """Core's layer with a parallel residual, x + attention(norm(x)) + MLP(norm(x)), where the config says so, and without FP8 where it says so."""
 
-    def forward(self, hidden_states, *args, packed_seq_params=None, inference_context=None, padding_mask=None, **kwargs):
+    def __init__(self, config: DecoderConfig, submodules, layer_number: int = 1, **kwargs):
+        groups, stage = kwargs.get("pg_collection"), kwargs.get("vp_stage")
+        number = layer_number - 1 + get_transformer_layer_offset(config, stage, groups and get_pg_rank(groups.pp))
+        self.kept_in_bf16 = number in config.kept_in_bf16
+        with without_fp8(weights=True) if self.kept_in_bf16 else nullcontext():
+            super().__init__(config, submodules, layer_number, **kwargs)
+
+    def forward(self, hidden_states, *args, **kwargs):
+        with without_fp8() if self.kept_in_bf16 and self.config.fp8 else nullcontext():
+            return self._forward(hidden_states, *args, **kwargs)
+
+    def _forward(self, hidden_states, *args, packed_seq_params=None, inference_context=None, padding_mask=None, **kwargs):
         attended, context = self._forward_attention(
             hidden_states,
             *args,
@@ -127,7 +151,11 @@ def customise(layer: ModuleSpec, config: DecoderConfig, tensor_group: ProcessGro
     """Puts this package's norms, attention and layer into Core's specification of a layer, split over the ranks of `tensor_group`."""
     parts = layer.submodules
     layer.module = Layer
-    parts.input_layernorm = parts.pre_mlp_layernorm = Norm if config.pre_norms else IdentityOp
+    parts.sharded_state_dict_keys_map = _IN_CHECKPOINT
+    if config.te_layers:
+        _customise_te(parts, config)
+    else:
+        parts.input_layernorm = parts.pre_mlp_layernorm = Norm if config.pre_norms else IdentityOp
     parts.self_attention.module = Attention
     attention = parts.self_attention.submodules
     attention.core_attention = SegmentAttention
@@ -139,3 +167,15 @@ def customise(layer: ModuleSpec, config: DecoderConfig, tensor_group: ProcessGro
     if config.post_norms:
         assert config.num_moe_experts is None, "no family has experts and post-norms"
         parts.mlp = partial(PostNormMLP.as_mlp_submodule, **parts.mlp.keywords)
+
+
+def _customise_te(parts: TransformerLayerSubmodules, config: DecoderConfig) -> None:
+    """Transformer Engine's linear layers have the norm before them in them, but for experts, which several come after one norm."""
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
+
+    if config.num_moe_experts:
+        parts.pre_mlp_layernorm = Norm
+    if not config.pre_norms:
+        assert config.num_moe_experts is None, "no family has experts and no norms before them"
+        parts.self_attention.submodules.linear_qkv = TEColumnParallelLinear
+        parts.mlp = partial(parts.mlp.func, submodules=replace(parts.mlp.keywords["submodules"], linear_fc1=TEColumnParallelLinear))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.utils import unwrap_model
@@ -18,22 +19,13 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from megapref.batch import ModelSpec
-from megapref.config import Parallel, Precision
+from megapref.config import Kernels, Parallel, Precision
 from megapref.mcore import cpu
-from megapref.mcore.attention import SegmentParams, softcapped
+from megapref.mcore.attention import softcapped
+from megapref.mcore.kernels import Choice, choose, machine
 from megapref.mcore.layers import DecoderConfig, LastLayer, customise
 from megapref.mcore.norm import Norm
-
-# Core's fused kernels, which need Transformer Engine, apex or a GPU.
-FUSIONS = {
-    "bias_activation_fusion": False,
-    "bias_dropout_fusion": False,
-    "masked_softmax_fusion": False,
-    "gradient_accumulation_fusion": False,
-    "persist_layer_norm": False,
-    "apply_rope_fusion": False,
-}
-
+from megapref.mcore.segments import SegmentParams
 
 _RECOMPUTE = {
     "none": {},
@@ -42,21 +34,32 @@ _RECOMPUTE = {
 }
 
 
-def dtype_of(precision: Precision) -> torch.dtype:
-    """Of weights and activations."""
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision.dtype]
+# Core's names of Transformer Engine's recipes.
+_RECIPES = {"delayed": "delayed", "current": "tensorwise", "blockwise": "blockwise", "mxfp8": "mxfp8"}
+# What Transformer Engine keeps in the linear layer that follows a norm, by the name that it has in Core's local layers.
+_IN_LINEAR = {"self_attention.linear_qkv.layer_norm_": "input_layernorm.", "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm."}
 
 
-def build_model(spec: ModelSpec, parallel: Parallel, dtype: torch.dtype, groups: ProcessGroupCollection | None = None) -> list[Module]:
+def build_model(
+    spec: ModelSpec,
+    parallel: Parallel,
+    precision: Precision | None = None,
+    kernels: Kernels | None = None,
+    groups: ProcessGroupCollection | None = None,
+) -> list[Module]:
     """This process's part of the model, one module per chunk of layers, its weights not yet set (see convert.hf.load_hf).
 
     `groups`, for a model in another layout than that of the run, are its process groups; they have no pipeline.
 
-    Errors: ValueError naming the option of `parallel` that does not fit the model.
+    Errors: ValueError naming the option of `parallel`, `precision` or `kernels` that does not fit the model or the machine.
     """
     check_layout(spec, parallel)
+    precision = precision or Precision()
+    choice = choose(spec.transformer, parallel.tensor, precision, kernels or Kernels(), machine())
+    if parallel.offload_layers and not choice.te_layers:
+        raise ValueError(f"parallel.offload_layers={parallel.offload_layers} needs Transformer Engine's layers: {choice.why['layers']}; use 0")
     with cpu.core_calls():
-        config = _transformer_config(spec, parallel, dtype)
+        config = _transformer_config(spec, parallel, precision, choice)
         stages = range(parallel.virtual_pipeline) if parallel.virtual_pipeline > 1 else [None]
         return [SegmentedGPT(spec, config, stage, groups) for stage in stages]
 
@@ -134,11 +137,22 @@ def named_weights(chunks: list[Module]) -> Iterator[tuple[str, dict[str, int], P
             if match := re.match(r"decoder\.layers\.(\d+)\.", name):
                 numbers["layer"] = model.decoder.layers[int(match[1])].layer_number - 1
                 name = "decoder.layers.{layer}." + name[match.end() :]
-            if match := re.search(r"\.local_experts\.(\d+)\.", name):
+            # Core's experts one by one, and Transformer Engine's, which are parameters of one layer.
+            if match := re.search(r"\.(?:local_experts\.(\d+)\.(linear_fc[12])\.(weight|bias)|(linear_fc[12])\.(weight|bias)(\d+))$", name):
                 local = model.config.num_moe_experts // model.config.expert_model_parallel_size
-                numbers["expert"] = int(match[1]) + local * model.expert_rank
-                name = f"{name[: match.start()]}.local_experts.{{expert}}.{name[match.end() :]}"
+                numbers["expert"] = int(match[1] or match[6]) + local * model.expert_rank
+                name = f"{name[: match.start()]}.local_experts.{{expert}}.{match[2] or match[4]}.{match[3] or match[5]}"
+            for fused, local in _IN_LINEAR.items():
+                name = name.replace(fused, local)
             yield name, numbers, parameter
+
+
+@torch.no_grad()
+def set_weight(parameter: Parameter, values: Tensor) -> None:
+    """Puts `values` into a parameter. One that is kept in FP8 also gets them as they are, for the optimizer to start from."""
+    parameter.copy_(values)
+    if (exact := getattr(parameter, "_high_precision_init_val", None)) is not None:
+        exact.copy_(values)
 
 
 def check_layout(spec: ModelSpec, parallel: Parallel) -> None:
@@ -165,9 +179,14 @@ def check_layout(spec: ModelSpec, parallel: Parallel) -> None:
         raise ValueError("parallel.sequence=true splits rows over tensor-parallel ranks: it needs parallel.tensor of 2 or more")
 
 
-def _transformer_config(spec: ModelSpec, parallel: Parallel, dtype: torch.dtype) -> DecoderConfig:
+def _transformer_config(spec: ModelSpec, parallel: Parallel, precision: Precision, choice: Choice) -> DecoderConfig:
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision.dtype]
     return DecoderConfig(
         **spec.transformer,
+        te_layers=choice.te_layers,
+        te_attention=choice.te_attention,
+        kept_in_bf16=precision.kept_layers(spec.transformer["num_layers"]),
+        pad_multiple=precision.pad_multiple,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         context_parallel_size=parallel.context,
@@ -190,15 +209,41 @@ def _transformer_config(spec: ModelSpec, parallel: Parallel, dtype: torch.dtype)
         perform_initialization=False,
         use_cpu_initialization=cpu.ACTIVE,
         **_RECOMPUTE[parallel.recompute],
-        **FUSIONS,
+        cpu_offloading=parallel.offload_layers > 0,
+        cpu_offloading_num_layers=parallel.offload_layers,
+        **_fp8(precision),
+        moe_grouped_gemm=choice.te_layers and "num_moe_experts" in spec.transformer,
+        bias_activation_fusion=choice.fused_activation,
+        bias_dropout_fusion=choice.fused_bias_dropout,
+        apply_rope_fusion=choice.fused_rope,
+        gradient_accumulation_fusion=choice.fused_gradients,
+        masked_softmax_fusion=False,  # of attention written out, which is not used
+        persist_layer_norm=False,  # of apex's norm, which is not used
     )
+
+
+def _fp8(precision: Precision) -> dict[str, Any]:
+    """Core's options of FP8: forward in e4m3, gradients in e5m2 where the scale is one of a whole tensor; blocks of their own need no e5m2."""
+    if precision.fp8 is None:
+        return {}
+    return {
+        "fp8": "hybrid" if precision.fp8 in ("delayed", "current") else "e4m3",
+        "fp8_recipe": _RECIPES[precision.fp8],
+        "fp8_param": precision.fp8_weights,
+        "fp8_amax_history_len": precision.amax_history,
+        "fp8_amax_compute_algo": "max",
+    }
 
 
 def _block_spec(
     config: DecoderConfig, virtual_stage: int | None, groups: ProcessGroupCollection | None, is_last: bool
 ) -> TransformerBlockSubmodules:
     """Core's own layers with this package's parts in them (layers.py); the model's last one, in the chunk that `is_last`, is a `LastLayer`."""
-    layer = get_gpt_layer_local_spec(config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+    options = {"qk_layernorm": config.qk_layernorm, "moe_grouped_gemm": config.moe_grouped_gemm}
+    if config.te_layers:
+        layer = get_gpt_layer_with_transformer_engine_spec(config.num_moe_experts, **options)
+    else:
+        layer = get_gpt_layer_local_spec(config.num_moe_experts, normalization=config.normalization, **options)
     customise(layer, config, parallel_state.get_tensor_model_parallel_group() if groups is None else groups.tp)
     layers = [layer] * get_num_layers_to_build(config, virtual_stage, None if groups is None else 0)
     if is_last:

@@ -12,11 +12,18 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megapref import config
 from megapref.mcore import cpu
 
+_MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint8}  # Core's names
 
-def wrap_for_training(chunks: list[torch.nn.Module]) -> list[DistributedDataParallel]:
-    """The chunks with gradient buffers that Core sums over data-parallel ranks, in float32."""
+
+def wrap_for_training(chunks: list[torch.nn.Module], precision: config.Precision | None = None) -> list[DistributedDataParallel]:
+    """The chunks with gradient buffers that Core sums over data-parallel ranks, in `precision.gradients`."""
+    precision = precision or config.Precision()
     options = DistributedDataParallelConfig(
-        use_distributed_optimizer=True, overlap_grad_reduce=False, grad_reduce_in_fp32=True, check_for_nan_in_grad=False
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=False,
+        grad_reduce_in_fp32=precision.gradients == "fp32",
+        fp8_param_gather=precision.fp8_weights,
+        check_for_nan_in_grad=False,
     )
     with cpu.core_calls():
         wrapped = [DistributedDataParallel(chunk.config, options, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
@@ -37,6 +44,12 @@ def build_optimizer(chunks: list[DistributedDataParallel], optimizer: config.Opt
         clip_grad=optimizer.clip_grad,
         bf16=precision.dtype == "bf16",
         use_distributed_optimizer=True,
+        fp8_recipe=chunks[0].config.fp8_recipe if precision.fp8 else None,
+        use_precision_aware_optimizer=precision.moments != "fp32",
+        exp_avg_dtype=_MOMENTS[precision.moments],
+        exp_avg_sq_dtype=_MOMENTS[precision.moments],
+        optimizer_cpu_offload=optimizer.offload > 0,
+        optimizer_offload_fraction=optimizer.offload,
     )
     with cpu.core_calls():
         built = get_megatron_optimizer(options, chunks)

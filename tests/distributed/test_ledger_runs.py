@@ -66,7 +66,7 @@ def export_checkpoints(model: str, run_dir: Path) -> None:
     from megapref.mcore.model import build_model
 
     setup.start(Parallel(), 0)
-    chunks = build_model(read_spec(model), Parallel(), torch.float32)
+    chunks = build_model(read_spec(model), Parallel())
     for step in range(1, STEPS):
         checkpoint.load_weights(chunks, checkpoint.path_of(run_dir / "checkpoints", step))
         export_hf(chunks, read_spec(model), model, run_dir / f"hf_{step}")

@@ -74,7 +74,7 @@ def measure(folder: str, layout: dict, lengths: tuple, max_tokens: int) -> dict[
     spec = read_spec(folder)
     loaded = []
     for _ in range(2):
-        loaded.append(build_model(spec, parallel, torch.float32))
+        loaded.append(build_model(spec, parallel))
         load_hf(loaded[-1], spec, folder)
     policy, ref = loaded[0], reference.resident(loaded[1])
     chunks = wrap_for_training(policy)

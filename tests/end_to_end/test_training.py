@@ -75,7 +75,7 @@ def final_logits(ids: list[int], model: str, path: Path) -> list[float]:
     from megapref.mcore.model import build_model
 
     setup.start(Parallel(), 0)
-    chunks = build_model(read_spec(model), Parallel(), torch.float32)
+    chunks = build_model(read_spec(model), Parallel())
     checkpoint.load_weights(chunks, path)
     tokens = torch.tensor([ids])
     with torch.no_grad():

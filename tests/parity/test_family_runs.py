@@ -48,7 +48,7 @@ def export_and_generate(folder: str, layout: dict, out: Path) -> list[list[int]]
     parallel = Parallel(**layout)
     setup.start(parallel, 0)
     spec = read_spec(folder)
-    chunks = build_model(spec, parallel, torch.float32)
+    chunks = build_model(spec, parallel)
     load_hf(chunks, spec, folder)
     export_hf(chunks, spec, folder, out)
     engine = Engine(chunks[0], Generation(max_new_tokens=NEW_TOKENS, kv_cache_gb=0.01, max_requests=2), 100)

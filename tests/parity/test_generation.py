@@ -71,7 +71,7 @@ def load_models(layout: dict, *folders: str) -> list:
     setup.start(parallel, 0)
     models = []
     for folder in folders:
-        chunks = build_model(read_spec(folder), parallel, torch.float32)
+        chunks = build_model(read_spec(folder), parallel)
         load_hf(chunks, read_spec(folder), folder)
         models.append(chunks[0].eval())
     return models

@@ -33,7 +33,7 @@ def load_model(folder: Path, parallel: Parallel):
 
     setup.start(parallel, seed=0)
     spec = read_spec(folder)
-    chunks = build_model(spec, parallel, torch.float32)
+    chunks = build_model(spec, parallel)
     load_hf(chunks, spec, folder)
     return chunks, spec
 

@@ -61,7 +61,7 @@ def packed_dpo(folder: str, beta: float, entropy: float, layout: dict, share_pro
     parallel = Parallel(**layout)
     setup.start(parallel, 0)
     spec = read_spec(folder)
-    chunks = build_model(spec, parallel, torch.float32)
+    chunks = build_model(spec, parallel)
     load_hf(chunks, spec, folder)
     chunks = wrap_for_training(chunks)
     multiples = {"pad_multiple": parallel.pad_multiple, "pack_multiple": parallel.pack_multiple}

@@ -28,8 +28,6 @@ def train(folder: str, layout: dict, share_prompt: bool, max_tokens: int = 120) 
     """The metrics of every step."""
     from functools import partial
 
-    import torch
-
     from megapref import losses
     from megapref.config import Optimizer, Parallel, Precision
     from megapref.convert.families import read_spec
@@ -45,7 +43,7 @@ def train(folder: str, layout: dict, share_prompt: bool, max_tokens: int = 120) 
     spec = read_spec(folder)
 
     def load():
-        chunks = build_model(spec, parallel, torch.float32)
+        chunks = build_model(spec, parallel)
         load_hf(chunks, spec, folder)
         return chunks
 

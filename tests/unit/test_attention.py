@@ -1,5 +1,8 @@
 """Attention over segments against one dense call with the mask written out."""
 
+from functools import partial
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megapref.mcore import setup  # noqa: F401  makes Core importable without a GPU
-from megapref.mcore.attention import attend, attention_plan, context_rows
+from megapref.mcore.attention import attend, attend_varlen
+from megapref.mcore.segments import VarlenPlan, attention_plan, context_rows, varlen_plan
 
 CPU = torch.device("cpu")
 
@@ -31,6 +35,20 @@ def dense(query, key, value, segments, window=1000):
     return F.scaled_dot_product_attention(*heads_first, attn_mask=allowed, enable_gqa=True)[0].transpose(0, 1)
 
 
+def bottom_right(window: int, query, key, value, plan: VarlenPlan):
+    """What a kernel for segments of any lengths computes: a segment's last row sees all of its keys, each row before it one less."""
+    starts_q, starts_kv = plan.starts_q.tolist(), plan.starts_kv.tolist()
+    assert plan.starts_q.dtype == torch.int32 and starts_q[-1] == len(query) and starts_kv[-1] == len(key)
+    assert max(b - a for a, b in pairwise(starts_q)) == plan.longest_q and max(b - a for a, b in pairwise(starts_kv)) == plan.longest_kv
+    outputs = []
+    for q, k, v in zip(query.tensor_split(starts_q[1:-1]), key.tensor_split(starts_kv[1:-1]), value.tensor_split(starts_kv[1:-1]), strict=True):
+        distance = (len(k) - len(q) + torch.arange(len(q)))[:, None] - torch.arange(len(k))
+        heads_first = (x.transpose(0, 1)[None] for x in (q, k, v))
+        mask = (distance >= 0) & (distance < window)
+        outputs.append(F.scaled_dot_product_attention(*heads_first, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 330), st.integers(1, 60), st.integers(0, 60)), min_size=1, max_size=8),
@@ -52,6 +70,10 @@ def test_segments_equal_dense_attention(pairs, num_groups, window, context):
     parts = [attend(query[rows[rank]], key[gathered], value[gathered], plan, None) for rank, plan in enumerate(plans)]
     out = torch.cat(parts)[gathered.argsort()]
     expected = dense(query, key, value, segments, window or 1000)
+    varlens = [varlen_plan(segments, CPU, num_tokens, (context, rank)) for rank in range(context)]
+    kernel = partial(bottom_right, window or 1000)
+    parts = [attend_varlen(query[rows[rank]], key[gathered], value[gathered], plan, kernel) for rank, plan in enumerate(varlens)]
+    torch.testing.assert_close(torch.cat(parts)[gathered.argsort()], expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
     gradients = torch.autograd.grad((out * weights).sum(), (query, key, value))
     for mine, theirs in zip(gradients, torch.autograd.grad((expected * weights).sum(), (query, key, value)), strict=True):

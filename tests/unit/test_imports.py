@@ -22,16 +22,18 @@ MAY_IMPORT = {
     "runlog": ("display", "samples"),
     "losses": ("batch",),
     "schema": ("plugins",),
-    "checks": ("parallel", "plugins", "sampling_checks", "signals", "config"),  # config for annotations only
+    "checks": ("parallel", "plugins", "precision_checks", "sampling_checks", "signals", "config"),  # config for annotations only
     "sampling_checks": ("config", "parallel"),  # for annotations only
+    "precision": ("parallel",),
+    "precision_checks": ("plugins", "config"),  # config for annotations only
     "compose": ("checks", "plugins"),
-    "config": ("checks", "compose", "parallel", "schema"),
+    "config": ("checks", "compose", "parallel", "precision", "schema"),
     "cluster": ("config", "plugins", "schema", "signals"),
     "slurm": ("cluster", "signals"),
     "data": ("batch",),
     "online": ("batch", "data", "inference", "phases"),
     "inference": ("batch", "config", "mcore", "phases"),
-    "mcore": ("batch", "config", "phases"),
+    "mcore": ("batch", "config", "phases", "precision"),
     "convert": ("batch",),
     "convert.hf": ("batch", "config", "mcore", "phases"),
     "convert.refit": ("batch", "mcore"),
