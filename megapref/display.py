@@ -94,6 +94,16 @@ def first_and_last(records: list[dict[str, Any]]) -> Table:
     return table
 
 
+def peak_memory(records: list[dict[str, Any]]) -> Table:
+    """Table of the peak memory of each phase: its largest value, and the step of it. What was free before generation: the smallest."""
+    table = _table("Peak memory, of the rank that needs most", "phase", "GiB", "at step")
+    for key in dict.fromkeys(key for record in records for key in record if key.startswith("memory/")):
+        extreme = min if key.startswith("memory/free") else max
+        value, step = extreme((record[key], record["step"]) for record in records if record.get(key) is not None)
+        table.add_row(key.removeprefix("memory/").removesuffix("_gib").replace("_", " "), f"{value:.2f}", str(step))
+    return table
+
+
 def before_and_after(rows: list[dict[str, Any]]) -> Table:
     """Table of evaluation samples: prompt, the opponent's completion, the policy's, each with its score."""
     opponent = "before (reference)" if rows and rows[0]["against"] == "reference" else "opponent"
@@ -128,7 +138,7 @@ def _formatted(form: str, *values: float | None) -> str:
 def _table(title: str, *headers: str) -> Table:
     table = Table(*headers, title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False)
     for column in table.columns:
-        column.justify = "right" if column.header in ("first", "last") else "left"
+        column.justify = "right" if column.header in ("first", "last", "GiB", "at step") else "left"
     return table
 
 

@@ -1,13 +1,13 @@
 """Where this process is: step and phase, and a count of its moves. Noted by the thread that trains, read by the one that watches for a standstill.
 
 Every process enters the same phases in the same order. Moves are counted inside them too, wherever something may take long and still get on:
-a token round, a pack, a judge's answer, a tensor read.
+a token round, a pack, a judge's answer, a tensor read. What else wants to know of phases and packs (memory, a trace) puts itself around them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 
@@ -22,7 +22,11 @@ class Place:
         return f"step {self.step}, {' > '.join(self.within) or 'between phases'}"
 
 
+Around = Callable[[str], AbstractContextManager]  # of the name of a phase, or of what is done with a pack
+
 here = Place()
+around_phases: list[Around] = []  # entered with every phase
+around_packs: list[Around] = []  # entered with every part of the work on a pack
 
 
 @contextmanager
@@ -33,7 +37,8 @@ def phase(name: str, step: int | None = None) -> Iterator[None]:
     here.entered += 1
     moved()
     try:
-        yield
+        with _all(around_phases, name):
+            yield
     except Exception as error:
         if not hasattr(error, "__notes__"):
             error.add_note(f"at {here}")
@@ -46,3 +51,17 @@ def phase(name: str, step: int | None = None) -> Iterator[None]:
 def moved() -> None:
     """Notes that this process gets on."""
     here.moves += 1
+
+
+def pack(name: str) -> AbstractContextManager:
+    """Around a part of the work on one pack."""
+    return _all(around_packs, name)
+
+
+def _all(arounds: list[Around], name: str) -> AbstractContextManager:
+    if not arounds:
+        return nullcontext()
+    with ExitStack() as stack:
+        for around in arounds:
+            stack.enter_context(around(name))
+        return stack.pop_all()

@@ -243,15 +243,16 @@ class RunLog:
             (self.run_dir / "stopped.json").write_text(json.dumps({"step": step, "reason": reason}) + "\n")
         self.message(f"saved and stopped after step {step}, as {reason}; go on with run.resume=auto")
 
-    def summary(self) -> None:
-        """Prints how the main metrics went, samples before and after, and where everything is."""
+    def summary(self, closing: dict[str, float] | None = None) -> None:
+        """Prints main metrics, memory (`closing`: measured after the last record), samples before and after, and where everything is."""
         if self.run_dir is None:
             return
         if self._live:
             self._live.stop()
         self._console.print()
         records = read_metrics(self.run_dir / "metrics.jsonl") if (self.run_dir / "metrics.jsonl").exists() else []
-        for table in (display.first_and_last(records), display.before_and_after(self._evaluation_rows[:3])):
+        memory = display.peak_memory([*records, {"step": self._step} | (closing or {})])
+        for table in (display.first_and_last(records), memory, display.before_and_after(self._evaluation_rows[:3])):
             if table.row_count:
                 self._console.print(table)
         self.message(display.places(self.run_dir))

@@ -20,7 +20,7 @@ from megapref.data import ledger
 from megapref.data.prompts import round_start
 from megapref.losses.combined import combine
 from megapref.losses.pairs import sft
-from megapref.mcore import capabilities, checkpoint, setup
+from megapref.mcore import capabilities, checkpoint, memory, setup
 from megapref.mcore.kernels import check_machine, machine
 from megapref.mcore.optimizer import learning_rate
 from megapref.mcore.step import TrainState, train_step
@@ -54,7 +54,10 @@ def _main(cfg: Config) -> bool:
         run = build(cfg, resume_from)
         log = setup.on_first_rank(_open_log)(cfg, run, resume_from) or runlog.RunLog(None, total_steps=run.total_steps)
     try:
-        return (train if cfg.run.action == "train" else evaluate)(cfg, run, log)
+        with memory.measured() as by_phase:
+            if not by_phase:
+                log.message(f"{memory.SO_FAR} is the peak since the start: this system does not let a process measure that of a phase")
+            return (train if cfg.run.action == "train" else evaluate)(cfg, run, log)
     finally:
         log.close()
 
@@ -62,10 +65,10 @@ def _main(cfg: Config) -> bool:
 def train(cfg: Config, run: Run, log: runlog.RunLog) -> bool:
     """The loop: pairs, packs, reference, step; evaluation, samples and checkpoints when they are due. True where it was asked to stop."""
     state, progress, run_dir = run.state, run.progress, Path(cfg.run.dir)
-    record = phase("writing")(setup.on_first_rank(partial(_record, cfg, log)))  # a full disk ends every rank
+    record = partial(_record, cfg, log)
     deadline = setup.on_first_rank(signals.deadline)(cfg.save.before_deadline)
     saves = Saves(cfg.save, run_dir / "checkpoints", log.message)
-    is_untrained = state.step == 0
+    is_untrained, saved = state.step == 0, {}
     if is_untrained:
         evaluation, rows = _evaluate(run)
         evaluated(progress, cfg, 0, evaluation)
@@ -75,7 +78,7 @@ def train(cfg: Config, run: Run, log: runlog.RunLog) -> bool:
             batch = _of_all_ranks(next(run.source))
             if run.write_ledger:
                 setup.on_first_rank(runlog.os_errors_told(run_dir)(run.write_ledger))(batch)
-        metrics, rows = step(cfg, run, batch), []
+        metrics, rows = step(cfg, run, batch) | saved, []
         warnings = observed(progress, cfg, metrics, run.has_reference)
         last = state.step == run.total_steps or bool(progress.stopped)
         if _due(state.step, cfg.evaluation.every, last):
@@ -96,9 +99,8 @@ def train(cfg: Config, run: Run, log: runlog.RunLog) -> bool:
         last = last or bool(progress.stopped)
         saves.look(best)
         stop = setup.largest(signals.asked_to_stop(deadline)) if not last and _between_rounds(cfg, state.step) else 0
-        if _due(state.step, cfg.save.every, last or stop > 0) or state.step in best:
-            extra = {"made_with": run.identity, "progress": asdict(progress)}
-            saves.save(state, extra, best, is_end=last or stop > 0, must=stop > 0)
+        is_end = last or stop > 0
+        saved = _save(run, saves, best, is_end, stop > 0) if _due(state.step, cfg.save.every, is_end) or state.step in best else {}
         if stop:
             setup.on_first_rank(log.stopped)(state.step, signals.reason(stop))
             return True
@@ -108,14 +110,14 @@ def train(cfg: Config, run: Run, log: runlog.RunLog) -> bool:
         best = [checkpoint.path_of(run_dir / "checkpoints", step) for step in best_steps(progress, cfg)[:1] if step != state.step]
         with phase("export"):
             run.export(*best or [None], run_dir / "hf")
-    setup.on_first_rank(log.summary)()
+    setup.on_first_rank(log.summary)(saved | memory.take())
     return False
 
 
 def evaluate(cfg: Config, run: Run, log: runlog.RunLog) -> bool:
     """One evaluation of the weights as they are, under the number of the steps they have seen; False, as nothing asks it to stop."""
     metrics, rows = _evaluate(run)
-    setup.on_first_rank(partial(_record, cfg, log))(run.state.step, metrics, rows, [])
+    _record(cfg, log, run.state.step, metrics, rows, [])
     setup.on_first_rank(log.summary)()
     return False
 
@@ -167,12 +169,26 @@ def _evaluate(run: Run) -> tuple[dict[str, float], list[dict]]:
     return metrics | ({"time/evaluate": time.perf_counter() - started} if metrics else {}), rows
 
 
+def _save(run: Run, saves: Saves, best: list[int], is_end: bool, must: bool) -> dict[str, float]:
+    """Saves, and returns how long training waited for it, which the next step's metrics tell."""
+    started = time.perf_counter()
+    saves.save(run.state, {"made_with": run.identity, "progress": asdict(run.progress)}, best, is_end=is_end, must=must)
+    return {"time/save": time.perf_counter() - started}
+
+
+@phase("writing")
 def _record(cfg: Config, log: runlog.RunLog, step: int, metrics: dict[str, float], evaluation_rows: list[dict], samples: list[dict]) -> None:
-    if metrics:
-        log.write(step, metrics)
-    log.samples(step, evaluation_rows)
-    if cfg.log.samples_every and (step == 1 or step % cfg.log.samples_every == 0):
-        log.samples(step, samples[: cfg.log.samples])
+    """Writes what every rank knows of a step, and the memory of all of them; a full disk ends every rank."""
+    measured = metrics and metrics | memory.take()
+
+    def write() -> None:
+        if measured:
+            log.write(step, measured)
+        log.samples(step, evaluation_rows)
+        if cfg.log.samples_every and (step == 1 or step % cfg.log.samples_every == 0):
+            log.samples(step, samples[: cfg.log.samples])
+
+    setup.on_first_rank(write)()
 
 
 def _stop_after_bad_steps(cfg: Config, state: TrainState, metrics: dict[str, float]) -> None:

@@ -124,8 +124,8 @@ def write_recipe(folder: Path, tree: dict[str, dict]) -> list[str]:
 
 
 def numbers(run_dir: Path) -> list[dict]:
-    """What every step measured, less its times and what is told once at a start; nothing where no step has been made."""
-    once = ("time/", "perf/", "data/")
+    """What every step measured, less its times and memory and what is told once at a start; nothing where no step has been made."""
+    once = ("time/", "memory/", "perf/", "data/")
     records = metrics_of(run_dir) if (run_dir / "metrics.jsonl").exists() else []
     return [{key: value for key, value in record.items() if not key.startswith(once)} for record in records]
 

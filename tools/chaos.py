@@ -32,7 +32,7 @@ from megapref.config import Config, load
 from megapref.runlog import read_metrics
 
 VICTIMS = ("one process", "all processes", "the launcher")
-OF_TIME = ("time/", "perf/", "data/")  # what differs between equal runs, or is told once at a start
+OF_TIME = ("time/", "memory/", "perf/", "data/")  # what differs between equal runs, or is told once at a start
 _PR_SET_PDEATHSIG = 1
 _PLACE_BYTES = 80
 

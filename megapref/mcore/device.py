@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import resource
+from pathlib import Path
 
 import torch
+
+_CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 def current() -> torch.device:
@@ -21,7 +24,31 @@ def backend() -> str:
 
 
 def peak_memory_bytes() -> int:
-    """Most memory in use so far: allocated on the GPU, or resident in this process."""
+    """Most memory in use since `forget_peak_memory`, else since the start: allocated on the GPU, or resident in this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Where Linux tells it: getrusage's number may be that of the process that started this one.
+    lines = [line.split() for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:")] if _STATUS.exists() else []
+    return int(lines[0][1]) * 1024 if lines else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def forget_peak_memory() -> bool:
+    """Makes `peak_memory_bytes` begin anew, with what is in use now; False where the system does not let this process do so."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return True
+    try:
+        _CLEAR_REFS.write_text("5")  # man 5 proc: resets the peak of resident memory (VmHWM)
+    except OSError:
+        return False
+    return True
+
+
+def reserved_memory_bytes() -> int | None:
+    """Most memory that torch held of the GPU since `forget_peak_memory`, in use or not; None on CPU."""
+    return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None
+
+
+def free_memory_bytes() -> int | None:
+    """Memory of the GPU that nobody holds; None on CPU."""
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None

@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from itertools import chain, islice
 from typing import Any
@@ -136,9 +136,14 @@ def gather_on_first_rank(value: Any) -> list[Any] | None:
 
 def largest(number: int) -> int:
     """The largest of every process's number, on every process."""
-    numbers = torch.tensor(number, device=device.current())
-    dist.all_reduce(numbers, dist.ReduceOp.MAX)
-    return int(numbers)
+    return largest_each([number])[0]
+
+
+def largest_each(numbers: Sequence[int]) -> list[int]:
+    """The largest of every process's first number, second number and so on, on every process."""
+    most = torch.tensor(numbers, device=device.current())
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return most.tolist()
 
 
 def gather_over_share(value: Any) -> list[Any]:

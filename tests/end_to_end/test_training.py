@@ -49,6 +49,7 @@ def test_first_step_and_what_every_step_says(run_dir):
     keys = "loss grad_norm lr rewards/chosen rewards/rejected rewards/margins rewards/accuracies logps/chosen logps/rejected"
     keys += " objective/kl objective/scores objective/scores_margin val/contain_eos_token num_pairs skipped beta"
     keys += " pack/efficiency pack/balance perf/tokens_per_s time/generate time/judge time/score_reference time/train"
+    keys += " memory/generate_gib memory/judge_gib memory/score_reference_gib memory/train_gib"
     for record in records[1:]:
         assert not set(keys.split()) - record.keys(), record["step"]
         assert record["skipped"] == 0 and record["grad_norm"] > 0
