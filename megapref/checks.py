@@ -34,7 +34,8 @@ def check(cfg: Config, world_size: int | None, hf_config: dict[str, Any] | None)
     `hf_config` is the model's config.json; call again once a hub model's is there.
     """
     of_values = [*_layout(cfg, world_size), *_model(cfg, hf_config), *_lengths(cfg), *_method(cfg), *_streaming(cfg), *_action(cfg)]
-    errors = [*of_values, *sampling_rules(cfg), *_save(cfg), *_optimizer(cfg), *precision_rules(cfg, hf_config), *_sources(cfg), *_files(cfg)]
+    of_values += [*sampling_rules(cfg), *_save(cfg), *_optimizer(cfg), *_profile(cfg, world_size), *precision_rules(cfg, hf_config)]
+    errors = [*of_values, *_sources(cfg), *_files(cfg)]
     if errors:
         raise ValueError("\n".join(errors))
 
@@ -188,6 +189,18 @@ def _optimizer(cfg: Config) -> Iterator[str]:
         yield f"optimizer.warmup_steps={o.warmup_steps} leaves none of train.steps={cfg.train.steps}; use at most {cfg.train.steps - 1}"
     if o.min_lr > o.lr:
         yield f"optimizer.min_lr={o.min_lr} is more than optimizer.lr={o.lr}; use at most {o.lr}"
+
+
+def _profile(cfg: Config, world_size: int | None) -> Iterator[str]:
+    p = cfg.profile
+    if not p.steps:
+        return
+    if cfg.train.epochs is None and max(p.steps) > cfg.train.steps:
+        yield f"profile.steps={show(p.steps)} names step {max(p.steps)}, but the run ends after train.steps={cfg.train.steps}; name earlier ones"
+    if world_size is not None and (not p.ranks or max(p.ranks) >= world_size):
+        yield f"profile.ranks={show(p.ranks)}: there are ranks 0 to {world_size - 1}; name those that are to trace"
+    if p.tool == "nvtx" and (p.memory or p.stacks):
+        yield f"profile.{'memory' if p.memory else 'stacks'}=true is of torch's profiler, but profile.tool=\"nvtx\"; use profile.tool=torch"
 
 
 def _sources(cfg: Config) -> Iterator[str]:

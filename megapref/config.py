@@ -187,6 +187,17 @@ class Log:
 
 
 @dataclass(frozen=True)
+class Profile:
+    """Traces of single steps, in run.dir/profile."""
+
+    steps: list[Count] = field(default_factory=list)  # numbers, from 1, of the steps that are traced, each by itself; empty: none
+    ranks: list[Whole] = field(default_factory=lambda: [0])  # processes that trace
+    tool: Literal["torch", "nvtx"] = "torch"  # torch: its profiler; nvtx: named ranges only, for a run under NVIDIA's Nsight Systems
+    memory: bool = False  # also what each operation allocates (torch)
+    stacks: bool = False  # also the Python functions that operations come from (torch)
+
+
+@dataclass(frozen=True)
 class Config:
     run: Run = field(default_factory=Run)
     model: Model = field(default_factory=Model)
@@ -207,6 +218,7 @@ class Config:
     guard: Guard = field(default_factory=Guard)
     save: Save = field(default_factory=Save)
     log: Log = field(default_factory=Log)
+    profile: Profile = field(default_factory=Profile)
 
     @property
     def pad_multiple(self) -> int:

@@ -38,6 +38,7 @@ PLACES = (
     ("completions", "completions.html"),
     ("samples", "samples"),
     ("ledger", "ledger"),
+    ("profile", "profile"),
     ("TensorBoard", "tensorboard"),
     ("checkpoints", "checkpoints"),
     ("HF model", "hf"),

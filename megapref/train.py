@@ -20,7 +20,7 @@ from megapref.data import ledger
 from megapref.data.prompts import round_start
 from megapref.losses.combined import combine
 from megapref.losses.pairs import sft
-from megapref.mcore import capabilities, checkpoint, memory, setup
+from megapref.mcore import capabilities, checkpoint, memory, profiling, setup
 from megapref.mcore.kernels import check_machine, machine
 from megapref.mcore.optimizer import learning_rate
 from megapref.mcore.step import TrainState, train_step
@@ -35,6 +35,7 @@ def main(cfg: Config) -> bool:
     ValueError, on every rank alike, for what the user can mend.
     """
     check_machine(cfg, machine())
+    profiling.check(cfg.profile)
     torch.manual_seed(cfg.run.seed)
     setup.start(cfg.parallel, cfg.run.seed, signals.seconds(cfg.run.stuck_after or ""), cfg.run.stuck_after or "")
     try:
@@ -74,36 +75,37 @@ def train(cfg: Config, run: Run, log: runlog.RunLog) -> bool:
         evaluated(progress, cfg, 0, evaluation)
         record(0, evaluation, rows, [])
     while state.step < run.total_steps and not progress.stopped:
-        with phase("pairs", state.step + 1):
-            batch = _of_all_ranks(next(run.source))
-            if run.write_ledger:
-                setup.on_first_rank(runlog.os_errors_told(run_dir)(run.write_ledger))(batch)
-        metrics, rows = step(cfg, run, batch) | saved, []
-        warnings = observed(progress, cfg, metrics, run.has_reference)
-        last = state.step == run.total_steps or bool(progress.stopped)
-        if _due(state.step, cfg.evaluation.every, last):
-            evaluation, rows = _evaluate(run)
-            evaluated(progress, cfg, state.step, evaluation)
-            metrics |= evaluation
-        record(state.step, metrics, rows, batch.samples)
-        if metrics["skipped"]:
-            _stop_after_bad_steps(cfg, state, metrics)
-        elif is_untrained:
-            is_untrained = False
-            if run.has_reference:
-                _check_first_update(metrics)
-        for warning in warnings:
-            log.message(f"step {state.step}: {warning}")
-        run.sync_reference()
-        best = best_steps(progress, cfg)
-        last = last or bool(progress.stopped)
-        saves.look(best)
-        stop = setup.largest(signals.asked_to_stop(deadline)) if not last and _between_rounds(cfg, state.step) else 0
-        is_end = last or stop > 0
-        saved = _save(run, saves, best, is_end, stop > 0) if _due(state.step, cfg.save.every, is_end) or state.step in best else {}
-        if stop:
-            setup.on_first_rank(log.stopped)(state.step, signals.reason(stop))
-            return True
+        with profiling.traced(cfg.profile, state.step + 1, run_dir / "profile"):
+            with phase("pairs", state.step + 1):
+                batch = _of_all_ranks(next(run.source))
+                if run.write_ledger:
+                    setup.on_first_rank(runlog.os_errors_told(run_dir)(run.write_ledger))(batch)
+            metrics, rows = step(cfg, run, batch) | saved, []
+            warnings = observed(progress, cfg, metrics, run.has_reference)
+            last = state.step == run.total_steps or bool(progress.stopped)
+            if _due(state.step, cfg.evaluation.every, last):
+                evaluation, rows = _evaluate(run)
+                evaluated(progress, cfg, state.step, evaluation)
+                metrics |= evaluation
+            record(state.step, metrics, rows, batch.samples)
+            if metrics["skipped"]:
+                _stop_after_bad_steps(cfg, state, metrics)
+            elif is_untrained:
+                is_untrained = False
+                if run.has_reference:
+                    _check_first_update(metrics)
+            for warning in warnings:
+                log.message(f"step {state.step}: {warning}")
+            run.sync_reference()
+            best = best_steps(progress, cfg)
+            last = last or bool(progress.stopped)
+            saves.look(best)
+            stop = setup.largest(signals.asked_to_stop(deadline)) if not last and _between_rounds(cfg, state.step) else 0
+            is_end = last or stop > 0
+            saved = _save(run, saves, best, is_end, stop > 0) if _due(state.step, cfg.save.every, is_end) or state.step in best else {}
+            if stop:
+                setup.on_first_rank(log.stopped)(state.step, signals.reason(stop))
+                return True
     if progress.stopped:
         log.message(f"stopped after step {state.step}: {progress.stopped}")
     if cfg.save.export:

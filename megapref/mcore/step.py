@@ -107,11 +107,12 @@ def run_packs(
 def _forward_step(consume, wanted: frozenset[str], iterator: Iterator[PackedBatch], chunk: torch.nn.Module):
     phases.moved()
     pack = to_device(next(iterator))
-    with cpu.plain_torch():
+    with cpu.plain_torch(), phases.pack("forward"):
         output = forward_pack(chunk, pack)
 
     def finish(hidden: Tensor):
-        loss_sum, count, result = consume(_logps(pack, *completion_logps(chunk, hidden, pack, wanted)))
+        with phases.pack("head and loss"):
+            loss_sum, count, result = consume(_logps(pack, *completion_logps(chunk, hidden, pack, wanted)))
         # Core sums counts over context-parallel ranks too, which all have the whole loss.
         counted = count if parallel_state.get_context_parallel_rank() == 0 else 0
         return loss_sum, torch.tensor(counted, dtype=torch.int, device=device.current()), result

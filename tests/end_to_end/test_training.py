@@ -1,5 +1,6 @@
 """The demo as a newcomer starts it, shortened: the policy gets better than its reference, and everything the run promises is there."""
 
+import gzip
 import json
 import os
 import subprocess
@@ -18,6 +19,7 @@ def run_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "run"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     options = [f"run.dir={folder}", f"train.steps={STEPS}", "save.every=10", "evaluation.every=12", "evaluation.max_prompts=64"]
+    options += ["profile.steps=[10]", "profile.ranks=[1]"]
     command = [*torchrun, "launchers/train.py", "--config-name", "online_dpo", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=550)
@@ -66,6 +68,17 @@ def test_run_directory_holds_what_is_promised(run_dir):
     assert (run_dir / "samples" / f"evaluation_{STEPS:06d}.jsonl").exists()
     console = (run_dir / "console.txt").read_text()
     assert f"step {STEPS}/{STEPS}" in console and str(run_dir / "hf") in console
+
+
+@pytest.mark.slow
+def test_trace_of_a_step_names_its_phases_and_packs(run_dir):
+    trace, table = sorted((run_dir / "profile").iterdir())
+    assert (trace.name, table.name) == ("step_000010_rank_1.json.gz", "step_000010_rank_1.txt")
+    with gzip.open(trace) as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert {"pairs", "generation", "judging", "reference", "training", "writing", "saving"} <= names
+    assert {"pack: forward", "pack: head and loss", "pack: backward", "aten::mm"} <= names
+    assert "generation" in table.read_text() and "Self CPU time total" in table.read_text()
 
 
 def final_logits(ids: list[int], model: str, path: Path) -> list[float]:

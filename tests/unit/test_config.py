@@ -313,6 +313,9 @@ JUDGE = ["judge={function: 'my:judge'}"]
         (["parallel=tp2"], 1, ["parallel.tensor=2", "does not divide the world of 1 processes", "start a multiple of 2"]),
         (["parallel=tp2pp2"], 6, ["= 4 does not divide the world of 6 processes"]),
         (["train.global_batch_size=3"], 4, ["train.global_batch_size=3 is less than the 4 data-parallel ranks", "use at least 4"]),
+        (["profile.steps=[5,8]", "train.steps=7"], 1, ["profile.steps=[5, 8] names step 8, but the run ends after train.steps=7"]),
+        (["profile.steps=[5]", "profile.ranks=[0,2]"], 2, ["profile.ranks=[0, 2]: there are ranks 0 to 1"]),
+        (["profile.steps=[5]", "profile.tool=nvtx", "profile.stacks=true"], 1, ['=true is of torch\'s profiler, but profile.tool="nvtx"']),
         (["pack.share_prompt=false", "data.max_prompt_length=2000"], 1, ["pack.max_tokens=4096 is too small", "use at least 4128"]),
         (
             ["loss=sft", "reference.mode=none", "method.candidates=policy_reference"],
