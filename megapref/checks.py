@@ -59,7 +59,9 @@ def _layout(cfg: Config, world_size: int | None) -> Iterator[str]:
     p = cfg.parallel
     if p.sequence and p.tensor == 1:
         yield "parallel.sequence=true needs parallel.tensor > 1, it is 1; use parallel.sequence=false or more tensor ranks"
-    if world_size is None:
+    if p.tensor % p.expert_parts:
+        yield f"parallel.expert_tensor={p.expert_tensor} does not divide parallel.tensor={p.tensor}; use {divisors(p.tensor)}"
+    if world_size is None or p.tensor % p.expert_parts:
         return
     model_ranks = p.tensor * p.pipeline * p.context
     ranks = f"parallel.tensor={p.tensor} x parallel.pipeline={p.pipeline} x parallel.context={p.context} = {model_ranks}"
@@ -72,9 +74,11 @@ def _layout(cfg: Config, world_size: int | None) -> Iterator[str]:
             f"train.global_batch_size={cfg.train.global_batch_size} is less than the {data_ranks} data-parallel ranks "
             f"({world_size} processes, {ranks}); use at least {data_ranks}, or fewer processes"
         )
-    if data_ranks * p.context % p.expert:
-        of = f"{data_ranks} data-parallel x parallel.context={p.context} ranks"
-        yield f"parallel.expert={p.expert} does not divide the {of}, which share the experts; use {divisors(data_ranks * p.context)}"
+    left = world_size // p.pipeline // p.expert_parts
+    if left % p.expert:
+        of_stage = world_size // p.pipeline
+        whole = f"{of_stage} ranks of a pipeline stage" + (f" / {p.expert_parts} that share each expert = {left}" if p.expert_parts > 1 else "")
+        yield f"parallel.expert={p.expert} does not divide the {whole}; use {divisors(left)}"
 
 
 def _model(cfg: Config, hf_config: dict[str, Any] | None) -> Iterator[str]:
@@ -95,11 +99,13 @@ def _model(cfg: Config, hf_config: dict[str, Any] | None) -> Iterator[str]:
             yield str(error)
     experts = next((hf_config[key] for key in NUM_EXPERTS_KEYS if hf_config.get(key)), None)
     if experts:
-        divided.append(("expert", expert, "number of experts", experts))
-        if expert > 1 and tensor > 1:
-            yield f"parallel.expert={expert} shares whole experts: it needs parallel.tensor=1, not {tensor}"
-    elif expert > 1:
-        yield f"parallel.expert={expert} needs a mixture-of-experts model, {cfg.model.path} is none; use 1"
+        width = hf_config.get("moe_intermediate_size") or hf_config.get("intermediate_size")
+        divided += [("expert", expert, "number of experts", experts), ("expert_tensor", cfg.parallel.expert_parts, "width of an expert", width)]
+        if tensor > 1 and not cfg.parallel.sequence:
+            yield f"parallel.tensor={tensor} of a mixture of experts needs parallel.sequence=true, which Core asks for"
+    for name, unused in (("expert", 1), ("expert_tensor", None)):
+        if not experts and (value := getattr(cfg.parallel, name)) != unused:
+            yield f"parallel.{name}={value} needs a mixture-of-experts model, {cfg.model.path} is none; use {json.dumps(unused)}"
     for name, value, of, total in divided:
         if total and total % value:
             yield f"parallel.{name}={value} does not divide the model's {of}={total}; use {divisors(total)}"

@@ -25,9 +25,15 @@ class Parallel:
     last_stage_layers: Count | None = None  # layers of the last stage, which also has the head; null: as many as the others
     context: Count = 1  # ranks that share every pack, each with some of its rows
     expert: Count = 1  # ranks that share the experts
+    expert_tensor: Count | None = None  # ranks that share each expert; null: as many as parallel.tensor; 1: experts are whole
     sequence: bool = False  # norms and dropouts split over the tensor ranks
     recompute: Literal["none", "selective", "full"] = "none"  # in backward, to save memory: nothing, the attention, or whole layers
     offload_layers: Annotated[int, ">= 0"] = 0  # whose activations are in CPU memory from forward to backward (needs Transformer Engine)
+
+    @property
+    def expert_parts(self) -> int:
+        """Into how many parts each expert is cut."""
+        return self.expert_tensor or self.tensor
 
     @property
     def pad_multiple(self) -> int:

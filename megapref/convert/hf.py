@@ -153,9 +153,9 @@ def _some(names: set[str]) -> str:
 
 
 def _fill(chunks: list[Module], spec: ModelSpec, files: dict[str, safe_open]) -> None:
-    size, rank = gather.tensor_parallel_size(), gather.tensor_parallel_rank()
     for core_name, numbers, parameter in named_weights(chunks):
         phases.moved()
+        size, rank = gather.tensor_parallel_size("expert" in numbers), gather.tensor_parallel_rank("expert" in numbers)
         shape, stored = tuple(parameter.shape), lambda name: files[name].get_slice(name)
         with torch.no_grad():
             set_weight(parameter, mapping.read_shard(core_name, numbers, shape, spec, size, rank, stored))
@@ -167,7 +167,7 @@ def _whole_tensors(chunks: list[Module], spec: ModelSpec, dtype: torch.dtype) ->
         if spec.tied and core_name == "output_layer.weight":
             continue  # the last stage's copy of the embedding
         for numbers_of_one, one in whole_experts(numbers, parameter.detach(), spec):
-            shards = [one] if spec.weights[core_name][0] == "replicated" else gather.shards(one)
+            shards = [one] if spec.weights[core_name][0] == "replicated" else gather.shards(one, "expert" in numbers)
             for name, tensor in mapping.hf_tensors(core_name, numbers_of_one, shards, spec):
                 yield name, tensor.to(dtype)
 

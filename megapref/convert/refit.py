@@ -33,7 +33,7 @@ def refit(source: list[Module], target: list[Module], spec: ModelSpec, tensor: i
 
     `tensor` divides the tensor-parallel size of `source`: each stage of a pipeline joins or keeps its parts and hands them to the others.
     """
-    size, part = gather.tensor_parallel_size(), gather.tensor_parallel_rank() % tensor
+    part = gather.tensor_parallel_rank() % tensor
     wanted, held = (
         {(name, tuple(numbers.items())): parameter for name, numbers, parameter in named_weights(chunks)} for chunks in (target, source)
     )
@@ -48,8 +48,9 @@ def refit(source: list[Module], target: list[Module], spec: ModelSpec, tensor: i
                 if parameter is None:
                     continue  # the last stage's copy of a tied embedding
                 if mine is not None:
-                    kind = spec.weights[name][0]
-                    if tensor != size and kind != "replicated":
-                        mine = mapping.to_shard(kind, mapping.from_shards(kind, gather.shards(mine), spec), spec, tensor, part)
+                    kind, of_expert = spec.weights[name][0], "expert" in numbers
+                    if tensor != gather.tensor_parallel_size(of_expert) and kind != "replicated":
+                        whole = mapping.from_shards(kind, gather.shards(mine, of_expert), spec)
+                        mine = mapping.to_shard(kind, whole, spec, tensor, part)
                     parameter.copy_(mine)
                 gather.from_stage(parameter, stage)

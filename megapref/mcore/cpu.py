@@ -136,6 +136,32 @@ def _install_expert_dispatch() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = as_is
+    _install_uneven_collectives()
+
+
+def _install_uneven_collectives() -> None:
+    """Joining and summing parts of different lengths, which tensor-parallel ranks have of the tokens for their experts; gloo's parts are equal."""
+    from megatron.core.tensor_parallel import mappings
+
+    gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather_uneven(rows, group, output_split_sizes=None, use_global_buffer=False):
+        if output_split_sizes is None or group.size() == 1:
+            return gather(rows, group, None, use_global_buffer)
+        longest = max(1, *output_split_sizes)
+        padded = rows.new_zeros(longest, *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = gather(padded, group).split(longest)
+        return torch.cat([part[:length] for part, length in zip(parts, output_split_sizes, strict=True)])
+
+    def reduce_scatter_uneven(rows, group, input_split_sizes=None, use_global_buffer=False):
+        if input_split_sizes is None or group.size() == 1:
+            return reduce_scatter(rows, group, None, use_global_buffer)
+        total = rows.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total.split(input_split_sizes)[group.rank()].contiguous()
+
+    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather_uneven, reduce_scatter_uneven
 
 
 def _install_lone_rank() -> None:

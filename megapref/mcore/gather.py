@@ -13,28 +13,33 @@ from torch import Tensor
 from megapref.mcore import device
 
 
-def tensor_parallel_size() -> int:
-    """How many ranks share every layer."""
-    return parallel_state.get_tensor_model_parallel_world_size()
+def tensor_parallel_size(of_expert: bool = False) -> int:
+    """How many ranks share every layer, or every expert."""
+    return _sharing(of_expert).size()
 
 
-def tensor_parallel_rank() -> int:
+def tensor_parallel_rank(of_expert: bool = False) -> int:
     """Which of their shards this process holds."""
-    return parallel_state.get_tensor_model_parallel_rank()
+    return _sharing(of_expert).rank()
 
 
-def shards(tensor: Tensor) -> list[Tensor]:
-    """The tensor of every tensor-parallel rank, in order; a collective of that group."""
-    if tensor_parallel_size() == 1:
-        return [tensor]
-    gathered = [torch.empty_like(tensor) for _ in range(tensor_parallel_size())]
-    dist.all_gather(gathered, tensor.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
-    return gathered
+def shards(tensor: Tensor, of_expert: bool = False) -> list[Tensor]:
+    """The tensor of every tensor-parallel rank, in order, or of every rank that shares an expert; a collective of that group."""
+    return _gathered(tensor, _sharing(of_expert))
 
 
 def over_experts(tensor: Tensor) -> list[Tensor]:
     """The tensor of every expert-parallel rank, in order; a collective of that group."""
-    group = parallel_state.get_expert_model_parallel_group()
+    return _gathered(tensor, parallel_state.get_expert_model_parallel_group())
+
+
+def _sharing(of_expert: bool) -> dist.ProcessGroup:
+    return parallel_state.get_expert_tensor_parallel_group() if of_expert else parallel_state.get_tensor_model_parallel_group()
+
+
+def _gathered(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    if group.size() == 1:
+        return [tensor]
     gathered = [torch.empty_like(tensor) for _ in range(group.size())]
     dist.all_gather(gathered, tensor.contiguous(), group=group)
     return gathered

@@ -53,7 +53,7 @@ def build_model(
 
     Errors: ValueError naming the option of `parallel`, `precision` or `kernels` that does not fit the model or the machine.
     """
-    check_layout(spec, parallel)
+    check_layout(spec, parallel, is_trained=groups is None)
     precision = precision or Precision()
     choice = choose(spec.transformer, parallel.tensor, precision, kernels or Kernels(), machine())
     if parallel.offload_layers and not choice.te_layers:
@@ -155,7 +155,7 @@ def set_weight(parameter: Parameter, values: Tensor) -> None:
         exact.copy_(values)
 
 
-def check_layout(spec: ModelSpec, parallel: Parallel) -> None:
+def check_layout(spec: ModelSpec, parallel: Parallel, is_trained: bool = True) -> None:
     """Raises ValueError when the model cannot be split as `parallel` says."""
     sizes = spec.transformer
     for option, number, rule in (
@@ -171,9 +171,9 @@ def check_layout(spec: ModelSpec, parallel: Parallel) -> None:
     experts = sizes.get("num_moe_experts", 1)
     if experts % parallel.expert:
         raise ValueError(f"parallel.expert={parallel.expert} does not divide the model's number of experts ({experts}); use a divisor")
-    if parallel.expert > 1 and parallel.tensor > 1:
-        raise ValueError(f"parallel.expert={parallel.expert} shares whole experts: it needs parallel.tensor=1, not {parallel.tensor}")
-    if "num_moe_experts" in sizes and parallel.tensor > 1 and not parallel.sequence:
+    if sizes.get("moe_ffn_hidden_size", sizes["ffn_hidden_size"]) % parallel.expert_parts:
+        raise ValueError(f"parallel.expert_tensor={parallel.expert_parts} does not divide the width of the model's experts; use a divisor")
+    if "num_moe_experts" in sizes and parallel.tensor > 1 and not parallel.sequence and is_trained:
         raise ValueError(f"parallel.tensor={parallel.tensor} with a mixture of experts needs parallel.sequence=true, which Core asks for")
     if parallel.sequence and parallel.tensor == 1:
         raise ValueError("parallel.sequence=true splits rows over tensor-parallel ranks: it needs parallel.tensor of 2 or more")
@@ -191,6 +191,7 @@ def _transformer_config(spec: ModelSpec, parallel: Parallel, precision: Precisio
         pipeline_model_parallel_size=parallel.pipeline,
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_parts,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
         num_layers_in_last_pipeline_stage=parallel.last_stage_layers,

@@ -53,6 +53,7 @@ def start(parallel: Parallel, seed: int, stuck_after: float | None = None, stuck
         parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_parts,
         create_gloo_process_groups=True,
         distributed_timeout_minutes=int(timeout.total_seconds() / 60),
     )

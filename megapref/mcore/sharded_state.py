@@ -98,7 +98,8 @@ def adam_step_of(optimizer) -> float:
 def load_optimizer(optimizer, loaded: dict, adam_step: float) -> None:
     """Puts in moments and weights. The options (rate, decay, betas, ...) stay those of this run's config, which Core would replace."""
     parts = optimizer.chained_optimizers
-    contents = [loaded] if len(parts) == 1 else [loaded[i] for i in sorted(loaded)]
+    # With shared experts Core has an optimizer for them and one for the rest; what is saved has the entries of the layout that saved it, too.
+    contents = [loaded] if len(parts) == 1 else [loaded[i] for i in range(len(parts))]
     for part, content in zip(parts, contents, strict=True):
         entries = list(part.optimizer.state.values())
         for entry in entries:

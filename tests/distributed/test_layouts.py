@@ -1,7 +1,9 @@
 """Whole runs at every layout against one process: the same samples, verdicts, losses and gradient norms over three steps, in float32."""
 
 import pytest
+import torch
 from distributed_run import run_distributed
+from safetensors.torch import load_file
 from tiny_runs import make_inputs, metrics_of, options, run_training, samples_of
 
 LAYOUTS = {
@@ -21,6 +23,10 @@ LAYOUTS = {
 EXPERT_LAYOUTS = {
     "dp2 ep2": (2, {"expert": 2}),
     "dp2 pp2 ep2": (4, {"pipeline": 2, "expert": 2}),
+    "tp2": (2, {"tensor": 2, "sequence": True}),
+    "tp2 ep2": (2, {"tensor": 2, "sequence": True, "expert": 2, "expert_tensor": 1}),
+    "dp2 tp2 ep2": (4, {"tensor": 2, "sequence": True, "expert": 2}),
+    "cp2 ep2": (2, {"context": 2, "expert": 2}),
 }
 # Sampled with a copy of the weights, in parts: under virtual stages and context parallelism in any case.
 SAMPLED_IN = {"tp2 pp2": 1, "pp2": 1}
@@ -46,7 +52,7 @@ MODELS = {"online": "qwen2_tied", "offline": "llama_tied", "experts online": "qw
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """`runs(kind, layout)`: metrics and samples of a run, made once."""
+    """`runs(kind, layout)`: metrics, samples and final weights of a run, made once."""
     folder = tmp_path_factory.mktemp("layouts")
     # Tied: the first and the last stage each hold the embedding, and must sum its gradients.
     inputs = {kind: make_inputs(folder / kind, model, num_hidden_layers=4) for kind, model in MODELS.items()}
@@ -54,14 +60,15 @@ def runs(tmp_path_factory):
 
     def run(kind: str, layout: str):
         if (kind, layout) not in made:
-            world, parallel = (LAYOUTS | EXPERT_LAYOUTS).get(layout, (1, {}))
+            world, parallel = (EXPERT_LAYOUTS if "experts" in kind else LAYOUTS).get(layout, (1, {}))
             pairs = "offline" if "offline" in kind else "online"
-            groups = {"parallel": parallel, **KINDS.get(kind, {})}
+            groups = {"parallel": parallel, "save": {"export": True}, **KINDS.get(kind, {})}
             if kind != "online" and layout in SAMPLED_IN:
                 groups["generation"] = {"parallel": {"tensor": SAMPLED_IN[layout]}}
             tree = options(inputs[kind if kind in inputs else pairs], folder / kind / layout, pairs, **groups)
             assert run_distributed(run_training, world, tree) == [""] * world
-            made[kind, layout] = metrics_of(folder / kind / layout), samples_of(folder / kind / layout)
+            weights = load_file(folder / kind / layout / "hf" / "model.safetensors")
+            made[kind, layout] = metrics_of(folder / kind / layout), samples_of(folder / kind / layout), weights
         return made[kind, layout]
 
     return run
@@ -83,20 +90,23 @@ OF_METHODS_TOO += [("nash_md", layout) for layout in ("tp2 pp2", "dp2 pp2 vpp2",
 
 @pytest.mark.parametrize(("kind", "layout"), OF_ALL + OF_METHODS_TOO)
 def test_runs_do_not_depend_on_the_layout(runs, kind, layout):
-    metrics, samples = runs(kind, layout)
-    single_metrics, single_samples = runs(kind, "one process")
+    metrics, samples, weights = runs(kind, layout)
+    single_metrics, single_samples, single_weights = runs(kind, "one process")
     compare(metrics, single_metrics)
     assert len({record["loss"] for record in metrics[1:]}) == 3
     num_shares = 2 if "dp2" in layout else 1
     for step, expected in zip(samples, single_samples, strict=True):
         assert step == expected[::num_shares]  # the first rank's share
+    assert weights.keys() == single_weights.keys()
+    for name, tensor in weights.items():
+        assert torch.dist(tensor, single_weights[name]) <= 1e-5 * single_weights[name].norm(), name
 
 
 @pytest.mark.parametrize(
     ("kind", "names"), [("xpo", ["beta", "alpha"]), ("nash_md", ["beta", "mixture_coef"]), ("online_dpo against the mixture", ["mixture_coef"])]
 )
 def test_numbers_of_each_epoch(runs, kind, names):
-    metrics, _ = runs(kind, "dp2")
+    metrics, *_ = runs(kind, "dp2")
     for name in names:
         assert [record[name] for record in metrics[1:]] == pytest.approx([LISTS[name][0]] * 2 + LISTS[name][1:]), name
 
@@ -104,7 +114,7 @@ def test_numbers_of_each_epoch(runs, kind, names):
 @pytest.mark.parametrize("layout", ["dp2", "tp2 pp2", "dp2 pp2"])
 def test_uneven_pairs(runs, layout):
     """A rank without pairs, fewer pairs than ranks, and a step without any."""
-    metrics, _ = runs("uneven", layout)
+    metrics, *_ = runs("uneven", layout)
     compare(metrics, runs("uneven", "one process")[0])
     assert [record["num_pairs"] for record in metrics[1:]] == [1, 0, 3]
     assert [record["judge/abstained"] for record in metrics[1:]] == [2, 3, 0]
@@ -113,7 +123,7 @@ def test_uneven_pairs(runs, layout):
 
 
 def test_what_a_run_on_pairs_from_files_logs(runs):
-    metrics, _ = runs("offline", "one process")
+    metrics, *_ = runs("offline", "one process")
     keys = "loss grad_norm lr rewards/chosen rewards/rejected rewards/accuracies rewards/margins logps/chosen logps/rejected num_pairs skipped"
     keys += " logps/ref_chosen logps/ref_rejected perf/tokens_per_s perf/pairs_per_s pack/efficiency pack/balance time/score_reference time/train"
     assert [set(keys.split()) - record.keys() for record in metrics[1:]] == [set()] * 3

@@ -353,9 +353,22 @@ def test_experts():
     cfg = dataclasses.replace(small(), parallel=Parallel(expert=3))
     with pytest.raises(ValueError, match=r"parallel.expert=3 does not divide the model's number of experts=8; use 1, 2, 4 or 8"):
         check(cfg, 3, HF_CONFIG | {"num_experts": 8})
-    with pytest.raises(ValueError, match=r"parallel.expert=3 does not divide the 4 data-parallel x"):
+    with pytest.raises(ValueError, match=r"parallel.expert=3 does not divide the 4 ranks of a pipeline stage; use 1, 2 or 4"):
         check(cfg, 4, HF_CONFIG | {"num_experts": 9})
     check(cfg, 3, HF_CONFIG | {"num_experts": 9})
+
+
+def test_experts_under_tensor_parallelism():
+    def fails(message: str, world_size: int = 4, **layout):
+        with pytest.raises(ValueError, match=message):
+            check(dataclasses.replace(small(), parallel=Parallel(**layout)), world_size, HF_CONFIG | {"num_experts": 8, "moe_intermediate_size": 5})
+
+    fails(r"parallel.expert=4 does not divide the 4 ranks of a pipeline stage / 2 that share each expert = 2; use 1 or 2", tensor=2, expert=4)
+    fails(r"parallel.expert_tensor=4 does not divide parallel.tensor=2; use 1 or 2", tensor=2, expert_tensor=4)
+    fails(r"parallel.tensor=2 of a mixture of experts needs parallel.sequence=true", tensor=2, expert_tensor=1)
+    fails(r"parallel.expert_tensor=2 does not divide the model's width of an expert=5; use 1 or 5", tensor=2, sequence=True)
+    layout = Parallel(tensor=2, sequence=True, expert=4, expert_tensor=1)
+    check(dataclasses.replace(small(), parallel=layout), 4, HF_CONFIG | {"num_experts": 8, "moe_intermediate_size": 5})
 
 
 def test_broken_files(place):
