@@ -2,6 +2,7 @@
 
     python tools/benchmark.py                                   # a random 6-layer model, synthetic pairs, one thread
     python tools/benchmark.py --shape 4x128 --batch 32 --threads 2
+    python tools/benchmark.py --suite gpu                       # what one GPU reaches, on shapes of published models (benchmark_gpu.py)
     python tools/benchmark.py --suite train --model Qwen/Qwen2.5-0.5B --data pairs.jsonl --batch 4
 
 `train` runs whole optimizer steps (packing, reference scoring, training) with megapref's own functions, in turns with a bare step on transformers'
@@ -18,15 +19,13 @@ import json
 import math
 import sys
 import tempfile
-import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import torch
+from benchmark_clock import TRAIN_PHASES, Clock, now
 from benchmark_floor import FAMILIES, bare_dpo_step
 from benchmark_generation import engine_round, share_of_step, transformers_round, wanted
 from benchmark_inputs import describe, hardware, lengths, make_model, synthetic_pairs
@@ -47,40 +46,14 @@ from megapref.mcore.optimizer import build_optimizer, wrap_for_training
 from megapref.runlog import environment_report
 
 BETA, LR, CLIP_GRAD = 0.1, 1e-5, 1.0
-TRAIN_PHASES = ("packing", "reference scoring", "forward", "head", "backward", "optimizer")
-
-
-class Clock:
-    """Seconds and CPU seconds by phase; what runs inside a phase belongs to that phase alone."""
-
-    def __init__(self):
-        self.spent: dict[str, np.ndarray] = {}
-        self._busy = False
-
-    def timed(self, phase: str, function: Callable) -> Callable:
-        """`function`, whose calls are counted towards `phase`."""
-
-        def run(*args, **kwargs):
-            if self._busy:
-                return function(*args, **kwargs)
-            self._busy, started = True, now()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.spent[phase] = self.spent.get(phase, 0) + (now() - started)
-                self._busy = False
-
-        return run
-
-
-def now() -> np.ndarray:
-    """(seconds, CPU seconds of all threads), once the accelerator, if any, has done what it was given."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return np.array([time.perf_counter(), time.process_time()])
 
 
 def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if asks_for_gpu_suite(arguments):
+        import benchmark_gpu  # with options of its own
+
+        return benchmark_gpu.main(arguments)
     options = parse(arguments)
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
@@ -164,19 +137,8 @@ def own_step(load: Callable, max_tokens: int, clock: Clock) -> Callable[[list[To
     loss = partial(losses.dpo, beta=BETA)
     pack_on_clock = clock.timed("packing", pack)
     score_on_clock = clock.timed("reference scoring", reference.fill_reference)
-    probes = (
-        ("forward", step, "forward_pack"),
-        ("head", step, "completion_logps"),
-        ("backward", torch.autograd, "backward"),
-        ("optimizer", state.optimizer, "prepare_grads"),
-        ("optimizer", state.optimizer, "get_grad_norm"),
-        ("optimizer", step, "apply_gradients"),
-    )
-
     def run(pairs: list[TokenPair]) -> tuple[float, float]:
-        with ExitStack() as stack:
-            for phase, owner, name in probes:
-                stack.enter_context(patch.object(owner, name, clock.timed(phase, getattr(owner, name))))
+        with clock.inside(state):
             (packs,) = pack_on_clock(pairs, max_tokens=max_tokens)
             metrics = step.train_step(state, score_on_clock(frozen, packs), loss, LR)
         return metrics["loss"], metrics["grad_norm"]
@@ -262,10 +224,16 @@ def table_of(title: str, items: str, rows: dict[str, dict]) -> Table:
     return table
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def asks_for_gpu_suite(arguments: list[str]) -> bool:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--suite")
+    return parser.parse_known_args(arguments)[0].suite == "gpu"
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--suite", choices=("train", "generate", "all"), default="all")
+    add("--suite", choices=("train", "generate", "all", "gpu"), default="all", help="`--suite gpu --help` has the options of that one")
     add("--model", metavar="PATH", help="Hugging Face folder or hub name; default: a random Qwen2 of --shape")
     add("--shape", type=shape, default=(6, 256), metavar="LxH", help="layers and hidden size of the random model, default 6x256")
     add("--data", metavar="FILE", help="preference pairs, tokenized with the model's tokenizer; default: synthetic pairs of skewed lengths")

@@ -26,13 +26,21 @@ class Gpu:
     per_node: int = 8
 
 
-# NVIDIA's data sheets of the SXM modules (memory, dense BF16 tensor cores, FP32, memory bandwidth, NVLink) and of DGX A100, H100 and H200,
+# NVIDIA's data sheets of the SXM modules (memory, dense FP8 and BF16 tensor cores, FP32, memory bandwidth, NVLink) and of DGX A100, H100 and H200,
 # which have one 200 Gb/s, or 400 Gb/s, network adapter for each GPU.
 GPUS = {
     "a100": Gpu("A100 SXM 80 GB", 80e9, {"bf16": 312e12, "fp32": 19.5e12}, 2.039e12, 300e9, 25e9, 32e9),
-    "h100": Gpu("H100 SXM 80 GB", 80e9, {"bf16": 989e12, "fp32": 67e12}, 3.35e12, 450e9, 50e9, 64e9),
-    "h200": Gpu("H200 SXM 141 GB", 141e9, {"bf16": 989e12, "fp32": 67e12}, 4.8e12, 450e9, 50e9, 64e9),
+    "h100": Gpu("H100 SXM 80 GB", 80e9, {"fp8": 1979e12, "bf16": 989e12, "fp32": 67e12}, 3.35e12, 450e9, 50e9, 64e9),
+    "h200": Gpu("H200 SXM 141 GB", 141e9, {"fp8": 1979e12, "bf16": 989e12, "fp32": 67e12}, 4.8e12, 450e9, 50e9, 64e9),
 }
+
+# As the driver names them; other variants have other rates.
+_DEVICE_NAMES = {"NVIDIA A100-SXM4-80GB": "a100", "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200"}
+
+
+def gpu_named(device_name: str) -> Gpu | None:
+    """The GPU that the driver calls so, None where its data sheet is not here."""
+    return GPUS[_DEVICE_NAMES[device_name]] if device_name in _DEVICE_NAMES else None
 
 
 def parse_machine(text: str) -> tuple[int, Gpu]:
