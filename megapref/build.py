@@ -30,6 +30,7 @@ from megapref.mcore import batch_wide, checkpoint, reference, setup
 from megapref.mcore.kernels import Choice, choose, machine
 from megapref.mcore.model import build_model
 from megapref.mcore.optimizer import build_optimizer, wrap_for_training
+from megapref.mcore.router import prepare_routers
 from megapref.mcore.step import TrainState
 from megapref.methods import compares_with_reference, load_losses
 from megapref.opponent import load_opponent
@@ -67,6 +68,7 @@ def build(cfg: Config, resume_from: Path | None) -> Run:
     if cfg.reference.mode in ("resident", "swapped") and (has_reference or is_online):
         is_resident = cfg.reference.mode == "resident"
         ref = reference.resident(_load_model(cfg, inputs, cfg.reference.fp8_weights)) if is_resident else reference.swapped(policy)
+    prepare_routers(policy, cfg.model.moe.router_aux_loss_coef, cfg.model.moe.freeze_router)
     chunks = wrap_for_training(policy, cfg.precision)
     moving = ref if cfg.reference.sync_steps else None
     state = TrainState(chunks, build_optimizer(chunks, cfg.optimizer, cfg.precision), moving_reference=moving)
@@ -180,6 +182,7 @@ def _identity(cfg: Config, inputs: Inputs) -> dict[str, Any]:
         "data.train.weight": [source.weight for source in cfg.data.train],
         "data.train_on": cfg.data.train_on,
         "model.path": fingerprint(inputs.folder),
+        "model.moe.freeze_router": cfg.model.moe.freeze_router or None,  # the optimizer has no state of what is frozen; null in older checkpoints
     }
 
 

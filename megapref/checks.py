@@ -106,6 +106,12 @@ def _model(cfg: Config, hf_config: dict[str, Any] | None) -> Iterator[str]:
     for name, unused in (("expert", 1), ("expert_tensor", None)):
         if not experts and (value := getattr(cfg.parallel, name)) != unused:
             yield f"parallel.{name}={value} needs a mixture-of-experts model, {cfg.model.path} is none; use {json.dumps(unused)}"
+    moe = cfg.model.moe
+    for name, value in vars(moe).items():
+        if value and not experts:
+            yield f"model.moe.{name}={json.dumps(value)} is about routers, but {cfg.model.path} is no mixture of experts; leave it out"
+    if moe.freeze_router and moe.router_aux_loss_coef:
+        yield f"model.moe.router_aux_loss_coef={moe.router_aux_loss_coef:g} trains what model.moe.freeze_router=true freezes; use one of them"
     for name, value, of, total in divided:
         if total and total % value:
             yield f"parallel.{name}={value} does not divide the model's {of}={total}; use {divisors(total)}"

@@ -45,10 +45,21 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Moe:
+    """How the routers of a mixture of experts are trained."""
+
+    # Preference training is short and keeps the balance that pretraining made, and such a loss pulls against the method's own: so it is off, whatever
+    # config.json says of pretraining. Watch moe/load_max.
+    router_aux_loss_coef: NotNegative = 0.0  # of the load-balancing loss, a mean over rows and layers that is added to the method's; 0: none
+    freeze_router: bool = False  # the routers' weights stay as they are
+
+
+@dataclass(frozen=True)
 class Model:
     path: str = MISSING  # Hugging Face folder or hub name
     tokenizer: str | None = None  # folder, hub name or SentencePiece .model file; default: model.path
     chat_template: str | None = None  # Jinja file; default: the tokenizer's own
+    moe: Moe = field(default_factory=Moe)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 from megapref.batch import PackedBatch
 from megapref.mcore import device as devices
 from megapref.mcore.attention import softcapped
+from megapref.mcore.router import TrainedTokens
 from megapref.mcore.segments import context_rows, segment_params
 
 # Rows of the LM head computed at once: [chunk, V] is the largest tensor the head makes.
@@ -94,6 +95,11 @@ def forward_pack(chunk: torch.nn.Module, pack: PackedBatch) -> Tensor:
     context = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
     params = segment_params(pack.segments_S, len(pack.token_ids_T), pack.token_ids_T.device, output_rows, window, context, config.te_attention)
     tokens, positions = (ids if share.rows is None else ids[share.rows] for ids in (pack.token_ids_T, pack.position_ids_T))
+    if config.num_moe_experts is not None and torch.is_grad_enabled():
+        trained = TrainedTokens.of(pack, len(tokens), share.query_index_K, share.which_K)
+        if config.sequence_parallel:
+            trained = trained.part(parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size())
+        params = replace(params, trained=trained)
     return chunk(tokens[None], positions[None], None, packed_seq_params=params)
 
 

@@ -21,6 +21,7 @@ from megapref.mcore import paged_attention
 from megapref.mcore.attention import SegmentAttention
 from megapref.mcore.kernels import without_fp8
 from megapref.mcore.norm import Norm, ProjectionNorm
+from megapref.mcore.router import Router
 from megapref.mcore.segments import SegmentParams
 
 # Names of norms in distributed checkpoints, the same whether they are modules of their own or in a linear layer.
@@ -104,7 +105,10 @@ def _normed(norm: Norm | None, output: Tensor, bias: Tensor | None) -> tuple[Ten
 
 
 class Layer(TransformerLayer):
-    """Core's layer with a parallel residual, x + attention(norm(x)) + MLP(norm(x)), where the config says so, and without FP8 where it says so."""
+    """Core's layer with a parallel residual, x + attention(norm(x)) + MLP(norm(x)), where the config says so, and without FP8 where it says so.
+
+    Its router, where it has one, is told which tokens are trained.
+    """
 
     def __init__(self, config: DecoderConfig, submodules, layer_number: int = 1, **kwargs):
         groups, stage = kwargs.get("pg_collection"), kwargs.get("vp_stage")
@@ -129,6 +133,11 @@ class Layer(TransformerLayer):
         inputs = (hidden_states, attended) if self.config.parallel_residual else attended
         return self._forward_mlp(inputs, inference_context, padding_mask=padding_mask, packed_seq_params=packed_seq_params), context
 
+    def _forward_mlp(self, hidden_states, *args, packed_seq_params=None, **kwargs):
+        if self.config.num_moe_experts is not None:
+            self.mlp.router.trained = packed_seq_params.trained if isinstance(packed_seq_params, SegmentParams) else None
+        return super()._forward_mlp(hidden_states, *args, packed_seq_params=packed_seq_params, **kwargs)
+
     def _forward_pre_mlp_layernorm(self, hidden_states):
         """What the MLP gets; with a parallel residual also what its output is added to."""
         if self.config.parallel_residual:
@@ -144,6 +153,8 @@ class LastLayer(Layer):
         if isinstance(packed_seq_params, SegmentParams) and (rows := packed_seq_params.output_rows) is not None:
             is_parallel = self.config.parallel_residual
             hidden_states = tuple(x.index_select(0, rows) for x in hidden_states) if is_parallel else hidden_states.index_select(0, rows)
+            if packed_seq_params.trained is not None:
+                packed_seq_params = replace(packed_seq_params, trained=packed_seq_params.trained.at(rows))
         return super()._forward_mlp(hidden_states, *args, packed_seq_params=packed_seq_params, **kwargs)
 
 
@@ -164,6 +175,8 @@ def customise(layer: ModuleSpec, config: DecoderConfig, tensor_group: ProcessGro
     if config.projection_qk_norm:
         attention.q_layernorm = partial(ProjectionNorm, num_heads=config.num_attention_heads, group=tensor_group)
         attention.k_layernorm = partial(ProjectionNorm, num_heads=config.num_query_groups, group=tensor_group)
+    if config.num_moe_experts is not None:
+        parts.mlp = partial(parts.mlp.func, submodules=replace(parts.mlp.keywords["submodules"], router=Router))
     if config.post_norms:
         assert config.num_moe_experts is None, "no family has experts and post-norms"
         parts.mlp = partial(PostNormMLP.as_mlp_submodule, **parts.mlp.keywords)

@@ -10,11 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from megapref.mcore.router import TrainedTokens
 
 # One attention call costs about as much as this many query-key scores of a small model; joint calls may pad up to this share of their area.
 _SHORT_SEGMENT_SCORES = 96 * 96
@@ -72,12 +76,13 @@ class SegmentParams(PackedSeqParams):
     """What Core hands through to the layers; "sbhd" makes Core apply rotary embeddings row by row.
 
     `window_plan` is for layers with a sliding window. The model's last layer goes on after its attention with `output_rows` of the pack alone;
-    None is all of them.
+    None is all of them. `trained` is for the routers of a mixture that is trained.
     """
 
     plan: AttentionPlan | VarlenPlan | None = None
     window_plan: AttentionPlan | VarlenPlan | None = None
     output_rows: Tensor | None = None
+    trained: TrainedTokens | None = None
 
 
 def segment_params(

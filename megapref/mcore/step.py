@@ -19,6 +19,7 @@ from megapref.batch import Logps, Loss, PackedBatch, PairLogps, UnpairedLogps, n
 from megapref.mcore import cpu, device, setup
 from megapref.mcore.forward import completion_logps, forward_pack, to_device
 from megapref.mcore.optimizer import apply_gradients
+from megapref.mcore.router import take_balance
 
 if TYPE_CHECKING:
     from megapref.mcore.reference import Reference
@@ -48,6 +49,7 @@ def train_step(state: TrainState, packs: list[PackedBatch], loss: Loss, lr: floa
         state.optimizer.zero_grad()
     sums = run_packs(state.chunks, packs, partial(_loss_of_pack, loss), backward=True, wanted=needs(loss))
     count, metrics = _means(reduce_sums(sums))
+    metrics |= take_balance(state.chunks, count)
     with cpu.core_calls():
         state.optimizer.prepare_grads()
         grad_norm = float(state.optimizer.get_grad_norm())

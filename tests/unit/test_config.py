@@ -13,7 +13,7 @@ import yaml
 
 from megapref.checks import ROOT, check, resolve_path
 from megapref.compose import RECIPES, groups, recipes, search_path
-from megapref.config import Config, Data, Parallel, Source, WeightedPlugin, load, to_yaml
+from megapref.config import Config, Data, Moe, Parallel, Source, WeightedPlugin, load, to_yaml
 from megapref.launch import TORCHRUN
 from megapref.methods import check_plugins, load_losses
 from megapref.schema import MISSING, options
@@ -369,6 +369,18 @@ def test_experts_under_tensor_parallelism():
     fails(r"parallel.expert_tensor=2 does not divide the model's width of an expert=5; use 1 or 5", tensor=2, sequence=True)
     layout = Parallel(tensor=2, sequence=True, expert=4, expert_tensor=1)
     check(dataclasses.replace(small(), parallel=layout), 4, HF_CONFIG | {"num_experts": 8, "moe_intermediate_size": 5})
+
+
+def test_routers():
+    def fails(message: str, hf_config: dict, **moe):
+        cfg = small()
+        with pytest.raises(ValueError, match=message):
+            check(dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, moe=Moe(**moe))), 1, hf_config)
+
+    fails(r"model.moe.router_aux_loss_coef=0.1 is about routers, but .* is no mixture of experts", HF_CONFIG, router_aux_loss_coef=0.1)
+    fails(r"model.moe.freeze_router=true is about routers", HF_CONFIG, freeze_router=True)
+    both = {"router_aux_loss_coef": 0.1, "freeze_router": True}
+    fails(r"router_aux_loss_coef=0.1 trains what model.moe.freeze_router=true freezes", HF_CONFIG | {"num_experts": 8}, **both)
 
 
 def test_broken_files(place):
