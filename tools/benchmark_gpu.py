@@ -268,7 +268,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--batches", nargs="+", type=int, default=[1, 32, 256] if has_gpu else [1, 8], metavar="N", help="completions decoded together")
     add("--prompt-tokens", type=int, default=512 if has_gpu else 32, metavar="N", help="of a prompt before decoding")
     add("--new-tokens", type=int, default=128 if has_gpu else 16, metavar="N", help="of a completion when decoding; the median counts")
-    add("--budget-seconds", type=float, default=540.0, metavar="S", help="after which no further row is begun")
+    add("--budget-seconds", type=float, default=480.0, metavar="S", help="after which no further row is begun")
     add("--threads", type=int, default=1, metavar="N")
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=Path("benchmark_gpu.json"), metavar="FILE")
