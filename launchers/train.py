@@ -155,5 +155,5 @@ def fail(rank: int, message: str, every_rank: bool = False) -> int:
 
 
 if __name__ == "__main__":
-    with signals.noted():
+    with signals.noted(then_ignored=True):
         sys.exit(main(sys.argv[1:]))

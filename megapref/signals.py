@@ -24,14 +24,17 @@ _noted: list[int] = []
 
 
 @contextmanager
-def noted() -> Iterator[None]:
-    """Inside, SIGTERM and SIGUSR1 are noted for `asked_to_stop` instead of ending the process; one that follows changes nothing."""
+def noted(then_ignored: bool = False) -> Iterator[None]:
+    """Inside, SIGTERM and SIGUSR1 are noted for `asked_to_stop` instead of ending the process; one that follows changes nothing.
+
+    `then_ignored`, it changes nothing afterwards either, when a process ends whose exit code is known.
+    """
     before = {number: signal.signal(number, lambda number, _: _noted.append(number)) for number in SIGNALS}
     try:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if then_ignored else handler)
         _noted.clear()
 
 

@@ -232,6 +232,31 @@ def test_damaged_checkpoint_is_passed_over(inputs, whole_run, tmp_path, damage):
     assert {path.name for path in (run_dir / "checkpoints").glob("*000004")} == {"step_000004", "unused_step_000004"}
 
 
+def what_is_said_of_flipped_bytes(path: Path) -> dict[tuple[str, int], str | None]:
+    """Of a checkpoint with one bit of one file changed: at its beginning, in its middle, at its end."""
+    from megapref.config import Parallel
+    from megapref.mcore import checkpoint, setup
+
+    setup.start(Parallel(), 0)
+    assert checkpoint.verify(path) is None
+    said = {}
+    for file in path.iterdir():
+        content = file.read_bytes()
+        for place in (0, len(content) // 2, len(content) - 1):
+            file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+            said[file.name, place] = checkpoint.verify(path)
+        file.write_bytes(content)
+    return said
+
+
+def test_flipped_bytes_of_any_file_are_found(whole_run, tmp_path):
+    path = Path(shutil.copytree(whole_run("offline", "tp2") / "checkpoints" / "step_000002", tmp_path / "step_000002"))
+    (said,) = run_distributed(what_is_said_of_flipped_bytes, 1, path)
+    assert {name for name, _ in said} == {"__0_0.distcp", "__1_0.distcp", ".metadata", "metadata.json", "state.json", "manifest.json"}
+    assert all(problem == f"{name} is not what was saved" for (name, _), problem in said.items() if name != "manifest.json"), said
+    assert all(said.values())
+
+
 def test_no_usable_checkpoint_is_an_error_and_nothing_is_changed(inputs, whole_run, tmp_path):
     run_dir = at_step(whole_run("offline", "one process"), tmp_path / "run", 2)
     (run_dir / "checkpoints" / "step_000002" / "manifest.json").unlink()

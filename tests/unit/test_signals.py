@@ -21,6 +21,18 @@ def test_signals_are_noted_the_first_one_counts_and_handlers_come_back():
     assert signals.asked_to_stop() == 0
 
 
+def test_signals_do_not_change_the_exit_code_of_a_process_that_ends():
+    before = [signal.getsignal(number) for number in signals.SIGNALS]
+    try:
+        with pytest.raises(SystemExit), signals.noted(then_ignored=True):
+            raise SystemExit(signals.EXIT_CODE)
+        for number in signals.SIGNALS:
+            os.kill(os.getpid(), number)  # would end this process
+    finally:
+        for number, handler in zip(signals.SIGNALS, before, strict=True):
+            signal.signal(number, handler)
+
+
 def test_a_deadline_that_has_passed_asks_to_stop():
     assert signals.asked_to_stop(time.time() + 1000) == 0
     assert signals.asked_to_stop(time.time() - 1) == signals.DEADLINE
