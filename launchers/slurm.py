@@ -20,7 +20,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from megapref import compose, config, runlog
+from megapref import compose, config, metrics_file, runlog
 from megapref.checks import ROOT
 from megapref.cluster import OF_JOB, Job, key_of, load_job
 from megapref.plugins import describe, show
@@ -172,7 +172,7 @@ def status(argv: list[str]) -> None:
     for record in _recorded(parser.parse_args(argv).run_dir):
         run_dir = Path(record["run_dir"])
         metrics, marker = run_dir / "metrics.jsonl", run_dir / "stopped.json"
-        steps = [r["step"] for r in runlog.read_metrics(metrics)[-1:]] if metrics.exists() else []
+        steps = [r["step"] for r in metrics_file.read_metrics(metrics)[-1:]] if metrics.exists() else []
         saved = sorted(path.name for path in (run_dir / "checkpoints").glob("step_*"))
         progress = f"step {steps[0]}, " if steps else ""
         progress += f"newest checkpoint {saved[-1]}" if saved else "no checkpoint yet"

@@ -172,7 +172,7 @@ class Save:
     keep: Count = 2  # the newest checkpoints
     keep_best: Whole = 0  # those of the best evaluations by evaluation.metric are kept, too; the best is what is exported
     background: bool = False  # files are written while training goes on, from a copy in CPU memory
-    on_error: Literal["stop", "continue"] = "stop"  # where a checkpoint cannot be written (full disk): the end, or on without it to the next one
+    on_error: Literal["stop", "continue"] = "stop"  # where something cannot be written (disk full): the end, or on without it
     before_deadline: str | None = None  # 90s, 10m, 1h: how long before the Slurm job's time limit the run saves and stops, to be resumed
     export: bool = True  # write the final (or best) weights as a Hugging Face folder, run.dir/hf
 

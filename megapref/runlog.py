@@ -2,7 +2,7 @@
 
     RUN_DIR/config.yaml         the resolved config (config.resume-<n>.yaml where a resumed run's differs)
     RUN_DIR/environment.json    versions, commit, command line, device, kernels (environment.resume-<n>.json for each resumption)
-    RUN_DIR/metrics.jsonl       one JSON object per step, steps rising; a non-finite number is null
+    RUN_DIR/metrics.jsonl       one JSON object per step (see metrics_file.py)
     RUN_DIR/samples/            tables of sample completions (see samples.py)
     RUN_DIR/completions.html    the same for people
     RUN_DIR/tensorboard/        the same numbers and tables as events
@@ -21,9 +21,10 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -32,15 +33,15 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from megapref import display, samples
+from megapref import display, metrics_file, samples
 from megapref.samples import json_value
 
 PACKAGES = ("megapref", "torch", "megatron-core", "transformers", "datasets", "hydra-core", "numpy")
 
 
 @contextmanager
-def os_errors_told(path: Path) -> Iterator[None]:
-    """Turns what the file system refuses into a ValueError that names the directory, the cause and the remedy."""
+def os_errors_told(path: Path, say: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Turns what the file system refuses into a ValueError that names the directory, the cause and the remedy; with `say`, it is only said."""
     try:
         yield
     except OSError as error:
@@ -50,7 +51,9 @@ def os_errors_told(path: Path) -> Iterator[None]:
             cause, remedy = f"a file is in the way ({error.filename})", "choose another run.dir"
         else:
             cause, remedy = error.strerror or str(error), "choose a run.dir that you may write to"
-        raise ValueError(f"run.dir={path}: cannot write there, {cause}; {remedy}") from error
+        if say is None:
+            raise ValueError(f"run.dir={path}: cannot write there, {cause}; {remedy}") from error
+        say(f"run.dir={path}: cannot write there, {cause}; training goes on without what was to be written, as save.on_error=continue")
 
 
 def create_run_dir(path: str | Path, resolved_yaml: str, resume: bool, device: dict[str, Any] | None = None) -> Path:
@@ -129,27 +132,11 @@ def _git(root: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, less a last line without newline (of a run at work, or killed); ValueError names a broken line."""
-    records = []
-    for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
-        if not line.endswith("\n"):
-            break
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error.msg}): {line.strip()[:80]!r}; repair or delete the line") from None
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            rule = "needs a JSON object with an integer `step`"
-            raise ValueError(f"{path}, line {number}: {rule}, found {line.strip()[:80]!r}; repair or delete the line")
-        records.append(record)
-    return records
-
-
 class RunLog:
     """Where a run's numbers, samples and messages go; with `run_dir` None (every rank but 0) it takes them and does nothing.
 
     `resumed_at` is the last step in the resumed checkpoint: later lines of metrics.jsonl are removed, as those steps are done again.
+    What the file system refuses is a ValueError; where the run `goes_on` without what was to be written, a message.
     """
 
     def __init__(
@@ -161,8 +148,10 @@ class RunLog:
         tensorboard: bool = True,
         wandb: str | None = None,
         console: Console | None = None,
+        goes_on: bool = False,
     ) -> None:
         self.run_dir = run_dir
+        self.os_errors_told = partial(os_errors_told, run_dir, self.message if goes_on else None)
         if run_dir is None:
             return
         self._total = total_steps
@@ -170,7 +159,7 @@ class RunLog:
         self._console = console or Console()
         self._wandb = _open_wandb(wandb, run_dir, resumed_at) if wandb else None
         with os_errors_told(run_dir):
-            kept = _cut_after(run_dir / "metrics.jsonl", self._step)
+            kept = metrics_file.cut_after(run_dir / "metrics.jsonl", self._step)
             samples.cut_after(run_dir, self._step)
             self._tensorboard = _open_tensorboard(run_dir, self._step + 1) if tensorboard else None
         self._evaluation = {key: value for record in kept for key, value in record.items() if key.startswith("eval/")}
@@ -188,9 +177,8 @@ class RunLog:
         assert step > self._step, f"step {step} is written after step {self._step}"
         self._step = step
         metrics = {key: value.item() if hasattr(value, "item") else value for key, value in metrics.items()}
-        with os_errors_told(self.run_dir):
-            with (self.run_dir / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps({"step": step} | {key: json_value(value) for key, value in metrics.items()}) + "\n")
+        with self.os_errors_told():
+            metrics_file.append(self.run_dir / "metrics.jsonl", step, metrics)
             for key, value in metrics.items() if self._tensorboard else ():
                 self._tensorboard.add_scalar(key, value, step)
         if self._wandb:
@@ -220,26 +208,27 @@ class RunLog:
         """Records sample completions: of training (prompt, first, second, ...) or of an evaluation (prompt, policy, opponent, ...)."""
         if self.run_dir is None or not rows:
             return
-        with os_errors_told(self.run_dir):
+        with self.os_errors_told():
             kind = samples.write_table(self.run_dir, step, rows)
-        if kind == "evaluation":
-            self._evaluation_rows = rows
-        shown = rows[: samples.PROMPTS]
-        if self._tensorboard:
-            self._tensorboard.add_text(f"samples/{kind}", display.markdown_table(shown), step)
-        if self._wandb:
-            self._wandb.log({f"samples/{kind}": _wandb_table(shown)}, step=step)
+            if kind == "evaluation":
+                self._evaluation_rows = rows
+            shown = rows[: samples.PROMPTS]
+            if self._tensorboard:
+                self._tensorboard.add_text(f"samples/{kind}", display.markdown_table(shown), step)
+            if self._wandb:
+                self._wandb.log({f"samples/{kind}": _wandb_table(shown)}, step=step)
 
     def message(self, text: str) -> None:
-        """Prints a line, above the progress bar where there is one."""
+        """Prints a line, above the progress bar where there is one; what cannot be printed, as its file's disk is full, is lost."""
         if self.run_dir is not None:
-            self._console.print(Text(text), soft_wrap=True)
+            with suppress(OSError):
+                self._console.print(Text(text), soft_wrap=True)
 
     def stopped(self, step: int, reason: str) -> None:
         """Records that the run was asked to stop, for people and for the scripts that resume it."""
         if self.run_dir is None:
             return
-        with os_errors_told(self.run_dir):
+        with self.os_errors_told():
             (self.run_dir / "stopped.json").write_text(json.dumps({"step": step, "reason": reason}) + "\n")
         self.message(f"saved and stopped after step {step}, as {reason}; go on with run.resume=auto")
 
@@ -250,7 +239,7 @@ class RunLog:
         if self._live:
             self._live.stop()
         self._console.print()
-        records = read_metrics(self.run_dir / "metrics.jsonl") if (self.run_dir / "metrics.jsonl").exists() else []
+        records = metrics_file.read_metrics(self.run_dir / "metrics.jsonl") if (self.run_dir / "metrics.jsonl").exists() else []
         memory = display.peak_memory([*records, {"step": self._step} | (closing or {})])
         for table in (display.first_and_last(records), memory, display.before_and_after(self._evaluation_rows[:3])):
             if table.row_count:
@@ -264,24 +253,10 @@ class RunLog:
         if self._live:
             self._live.stop()
         if self._tensorboard:
-            with os_errors_told(self.run_dir):
+            with self.os_errors_told():
                 self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
-
-
-def _cut_after(path: Path, step: int) -> list[dict[str, Any]]:
-    """The records up to `step`, all that the file holds afterwards; it is replaced whole, so a kill leaves the old or the new one."""
-    if not path.exists():
-        return []
-    kept = [record for record in read_metrics(path) if record["step"] <= step]
-    partial = path.with_suffix(".partial")
-    with partial.open("w") as file:
-        file.writelines(json.dumps(record) + "\n" for record in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    return kept
 
 
 def _open_tensorboard(run_dir: Path, purge_step: int) -> Any:

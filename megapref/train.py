@@ -79,7 +79,7 @@ def train(cfg: Config, run: Run, log: runlog.RunLog) -> bool:
             with phase("pairs", state.step + 1):
                 batch = _of_all_ranks(next(run.source))
                 if run.write_ledger:
-                    setup.on_first_rank(runlog.os_errors_told(run_dir)(run.write_ledger))(batch)
+                    setup.on_first_rank(log.os_errors_told()(run.write_ledger))(batch)
             metrics, rows = step(cfg, run, batch) | saved, []
             warnings = observed(progress, cfg, metrics, run.has_reference)
             last = state.step == run.total_steps or bool(progress.stopped)
@@ -109,11 +109,19 @@ def train(cfg: Config, run: Run, log: runlog.RunLog) -> bool:
     if progress.stopped:
         log.message(f"stopped after step {state.step}: {progress.stopped}")
     if cfg.save.export:
-        best = [checkpoint.path_of(run_dir / "checkpoints", step) for step in best_steps(progress, cfg)[:1] if step != state.step]
         with phase("export"):
-            run.export(*best or [None], run_dir / "hf")
+            run.export(_best_checkpoint(cfg, run, log), run_dir / "hf")
     setup.on_first_rank(log.summary)(saved | memory.take())
     return False
+
+
+def _best_checkpoint(cfg: Config, run: Run, log: runlog.RunLog) -> Path | None:
+    """What to export; None for the weights as they are, which are the best, or those of the best have not been written."""
+    best = [checkpoint.path_of(Path(cfg.run.dir) / "checkpoints", step) for step in best_steps(run.progress, cfg)[:1] if step != run.state.step]
+    written = setup.gather_over_world(setup.on_first_rank(lambda: [path for path in best if checkpoint.is_checkpoint(path)])())[0]
+    for path in best if not written else []:
+        log.message(f"the best checkpoint, {path}, could not be written; exported are the last step's weights")
+    return written[0] if written else None
 
 
 def evaluate(cfg: Config, run: Run, log: runlog.RunLog) -> bool:
@@ -236,7 +244,10 @@ def _open_log(cfg: Config, run: Run, resume_from: Path | None) -> runlog.RunLog:
     resumed_at = run.state.step if resume_from and cfg.run.action == "train" else None
     unused = checkpoint.set_aside_after(run_dir / "checkpoints", run.state.step)
     unused_steps = ledger.set_aside_after(run_dir / "ledger", run.state.step)
-    log = runlog.RunLog(run_dir, total_steps=run.total_steps, resumed_at=resumed_at, tensorboard=cfg.log.tensorboard, wandb=cfg.log.wandb)
+    goes_on = cfg.save.on_error == "continue"
+    log = runlog.RunLog(
+        run_dir, total_steps=run.total_steps, resumed_at=resumed_at, tensorboard=cfg.log.tensorboard, wandb=cfg.log.wandb, goes_on=goes_on
+    )
     log.message(f"{capabilities.summary()} (environment.json)")
     if resume_from:
         log.message(f"resumed from {resume_from}")

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from megapref.runlog import read_metrics
+from megapref.metrics_file import read_metrics
 
 ROLES = {"training": 0, "chosen": 0, "evaluation": 1, "rejected": 1, "opponent": 2}  # place in COLORS: the same in every panel
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito: distinct to the colour-blind

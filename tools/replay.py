@@ -22,9 +22,9 @@ from megapref.build import Run, build
 from megapref.config import Config, load
 from megapref.data import ledger
 from megapref.mcore import checkpoint, setup
+from megapref.metrics_file import read_metrics
 from megapref.parallel import one_process
 from megapref.progress import observed
-from megapref.runlog import read_metrics
 from megapref.train import step as train_step
 
 COMPARED = ("loss", "grad_norm")

@@ -27,8 +27,8 @@ from rich.table import Table
 
 from megapref import launch
 from megapref.config import Config, load
+from megapref.metrics_file import read_metrics
 from megapref.parallel import one_process
-from megapref.runlog import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPARED = ("loss", "grad_norm", "logps/chosen", "logps/rejected", "rewards/margins", "objective/scores", "num_pairs")

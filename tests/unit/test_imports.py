@@ -19,7 +19,8 @@ MAY_IMPORT = {
     "signals": (),
     "phases": (),
     "samples": (),
-    "runlog": ("display", "samples"),
+    "metrics_file": ("samples",),
+    "runlog": ("display", "metrics_file", "samples"),
     "losses": ("batch",),
     "schema": ("plugins",),
     "checks": ("parallel", "plugins", "precision_checks", "sampling_checks", "signals", "config"),  # config for annotations only

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import resource
 import sys
 import types
 
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from megapref import display, runlog
-from megapref.runlog import RunLog, create_run_dir, read_metrics
+from megapref.metrics_file import read_metrics
+from megapref.runlog import RunLog, create_run_dir
 
 TRAINING = {"loss": 0.63124, "grad_norm": 1.5, "objective/scores": 0.2311, "rewards/accuracies": 0.7, "perf/tokens_per_s": 3210.4}
 EVALUATION = {"eval/win_rate": 0.6149, "eval/win_rate_low": 0.56, "eval/win_rate_high": 0.67, "eval/reward": 0.4}
@@ -23,9 +25,9 @@ EVALUATION_ROW = {"prompt": "Say hello.", "policy": "Hello there!", "opponent": 
 EVALUATION_ROW |= {"score_policy": 0.9, "score_opponent": -0.25, "preference": 1.0}
 
 
-def open_log(run_dir, *, resumed_at=None, terminal=False, tensorboard=False, wandb=None):
+def open_log(run_dir, *, resumed_at=None, terminal=False, tensorboard=False, **options):
     console = Console(file=io.StringIO(), width=100, force_terminal=terminal)
-    return RunLog(run_dir, total_steps=60, resumed_at=resumed_at, tensorboard=tensorboard, wandb=wandb, console=console)
+    return RunLog(run_dir, total_steps=60, resumed_at=resumed_at, tensorboard=tensorboard, console=console, **options)
 
 
 def printed(log):
@@ -169,6 +171,21 @@ def test_disk_that_fills_up_during_the_run_is_told(tmp_path):
     log = open_log(tmp_path / "gone")
     with pytest.raises(ValueError, match=r"run\.dir=.*gone: cannot write there"):
         log.write(1, TRAINING)
+
+
+def test_line_that_only_half_fits_is_taken_back(tmp_path):
+    log = open_log(tmp_path, goes_on=True)
+    log.write(1, TRAINING)
+    before, limits = (tmp_path / "metrics.jsonl").read_text(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 5, limits[1]))
+    try:
+        log.write(2, TRAINING)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    assert "cannot write there, File too large; training goes on without what was to be written" in printed(log)
+    log.write(3, TRAINING)
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 3]
 
 
 # the console
