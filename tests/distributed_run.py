@@ -6,6 +6,7 @@ Starting a process costs seconds of imports; the workers of the largest world so
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -95,6 +96,7 @@ def _run_rank(path: list[str], rank: int, world_size: int, port: int, error: str
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     import torch
 
+    gc.freeze()  # what is imported is never garbage: Core, which collects at every save, would copy its memory
     torch.set_num_threads(1)
     function(*args)
 
@@ -135,6 +137,9 @@ def _serve(connection, rank: int) -> None:
             connection.send((True, traceback.format_exc()))
         finally:
             _leave_groups()
+        if not gc.get_freeze_count():  # what the first call has imported
+            gc.collect()
+            gc.freeze()
 
 
 def _leave_groups() -> None:

@@ -2,75 +2,93 @@
 
 python tools/chaos.py --config-name dpo --kills 50 --processes 2 --dir runs/chaos train.steps=20 save.every=3
 
-Takes a recipe and overrides as launchers/train.py does. Killed (SIGKILL) is one process, all of them, or the launcher that has started them. After
-every kill the metrics so far must be those of the undisturbed run, and no more steps may be done again than those since the last save; a run that
-came to its end must equal it to the last bit, exported weights included. Then another one is begun, until there were enough kills. Processes are
-forked from one that has imported everything, so a start costs what the run itself does. Exit code 0: nothing was lost, 1: something was.
+Takes a recipe and overrides as launchers/train.py does. Killed (SIGKILL) is one process, all of them, or they and the launcher that has started
+them, as when a machine fails. After every kill the metrics so far must be those of the undisturbed run, and no more steps may be done again than
+those since the last save; a run that came to its end must equal it to the last bit, exported weights included. Then another one is begun, until
+there were enough kills. Processes are forked from one that has imported everything, so a start costs what the run itself does; with
+--launcher torchrun each start is a torchrun command. Exit code 0: nothing was lost, 1: something was, 2: a mistake in the config.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
+import itertools
 import json
-import multiprocessing
-import os
 import random
 import shutil
-import signal
-import socket
 import sys
-import threading
 import time
-import traceback
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from megapref.config import Config, load
-from megapref.runlog import read_metrics
+from chaos_runs import LOOK, VICTIMS, Start, by_torchrun, forked, log_of, place_of, strike
 
-VICTIMS = ("one process", "all processes", "the launcher")
+from megapref.config import Config, load
+from megapref.metrics_file import read_metrics
+
 OF_TIME = ("time/", "memory/", "perf/", "data/")  # what differs between equal runs, or is told once at a start
-_PR_SET_PDEATHSIG = 1
-_PLACE_BYTES = 80
+SHARE_OF_STARTS = 0.2  # of the kills, before the first step that a start does
 
 
 @dataclass(frozen=True)
 class Kill:
-    """What was killed, where the first rank was, the steps that metrics.jsonl had, and those of the newest checkpoint."""
+    """What was killed, at which step and phase of the first rank, whether a checkpoint was half written, and what was there then."""
 
     victim: str
     place: str
-    done: int
-    saved: int
+    writing: bool
+    done: int  # the last step in metrics.jsonl
+    saved: int  # the step of the newest checkpoint
+
+    def __str__(self) -> str:
+        half = ", a checkpoint half written" if self.writing else ""
+        return f"{self.victim} at {self.place}{half}; {self.done} steps done, {self.saved} saved"
 
 
-def torment(cfg: Config, folder: Path, processes: int, kills: int, seed: int) -> list[Kill]:
-    """Returns the kills that the config's run survived in `folder`; RuntimeError says what was lost, or why a run did not end well."""
-    chance = random.Random(seed)
-    whole = folder / "whole"
-    started = time.monotonic()
-    _expect_end(_start(cfg, whole, processes)[0], whole)
-    seconds = time.monotonic() - started
+def steps_between_saves(cfg: Config) -> int:
+    """At most: a checkpoint that is written in the background is there one save later."""
+    return cfg.save.every * (2 if cfg.save.background else 1)
+
+
+def torment(start: Start, save_every: int, folder: Path, kills: int, seed: int, told: Callable[[str], None] = print) -> list[Kill]:
+    """Returns the kills that the run survived in `folder`; RuntimeError says what was lost, or why a run did not end well.
+
+    `save_every`: what `steps_between_saves` says of its config.
+    """
+    whole, run_dir = folder / "whole", folder / "killed"
+    folder.mkdir(parents=True, exist_ok=True)
+    began = time.time()
+    launcher, steps = _begin(start, whole)
+    _wait(launcher, steps)
+    stepped = time.time()
+    _expect_end(launcher, whole)
+    # From the first step to the last, and some for what comes after it.
+    seconds, total = 1.2 * ((whole / "metrics.jsonl").stat().st_mtime - stepped), _done(whole)
     survived: list[Kill] = []
-    run_dir = folder / "killed"
-    while len(survived) < kills:
-        launcher, ranks, place = _start(cfg, run_dir, processes)
-        launcher.join(chance.uniform(0, seconds))
+    for attempt in itertools.count():
+        if len(survived) == kills:
+            break
+        chance, saved, half_written = random.Random(f"{seed}/{attempt}"), _saved(run_dir), _half_written(run_dir)
+        launcher, steps = _begin(start, run_dir)
+        if chance.random() < SHARE_OF_STARTS:
+            launcher.join(chance.uniform(0, stepped - began))
+        else:
+            _wait(launcher, steps)
+            launcher.join(chance.uniform(0, seconds * (total - saved) / total))
         if launcher.is_alive():
-            victim = chance.choice(VICTIMS)
-            where = place.read_bytes()[:_PLACE_BYTES].decode().strip("\0 ")
-            for pid in {VICTIMS[0]: [chance.choice(ranks)], VICTIMS[1]: ranks, VICTIMS[2]: [launcher.pid]}[victim]:
-                _kill(pid)
-            launcher.join()
-            survived.append(_survived(cfg, run_dir, whole, victim, where))
+            victim, place = chance.choice(VICTIMS), place_of(run_dir) or f"step {_done(run_dir) + 1}, some phase"
+            strike(launcher, victim, chance)
+            survived.append(_survived(run_dir, whole, save_every, victim, place, half_written))
+            told(f"kill {len(survived)} of {kills} (seed {seed}/{attempt}): {survived[-1]}")
         else:
             _expect_end(launcher, run_dir)
             _compare(run_dir, whole)
             shutil.rmtree(run_dir)
-    _expect_end(_start(cfg, run_dir, processes)[0], run_dir)
+    _expect_end(_begin(start, run_dir)[0], run_dir)
     _compare(run_dir, whole)
     return survived
 
@@ -80,107 +98,49 @@ def table(kills: list[Kill]) -> str:
     lines = [f"{'killed in':<44}{'kills':>6}{'steps redone':>14}{'at most':>9}"]
     groups: dict[str, list[Kill]] = defaultdict(list)
     for kill in kills:
-        groups[kill.place.partition(", ")[2] or "start"].append(kill)
-    for name, own in [*sorted(groups.items()), *((victim, [k for k in kills if k.victim == victim]) for victim in VICTIMS), ("all", kills)]:
+        groups[kill.place.partition(", ")[2] or kill.place].append(kill)
+    rows = [*sorted(groups.items()), ("with a checkpoint half written", [kill for kill in kills if kill.writing])]
+    rows += [(victim, [kill for kill in kills if kill.victim == victim]) for victim in VICTIMS]
+    for name, own in [*rows, ("all", kills)]:
         redone = [kill.done - kill.saved for kill in own]
         lines.append(f"{name:<44}{len(own):>6}{sum(redone):>14}{max(redone, default=0):>9}")
     return "\n".join(lines)
 
 
-def _start(cfg: Config, run_dir: Path, processes: int) -> tuple[multiprocessing.Process, list[int], Path]:
-    """The launcher's process, its ranks', and the file that has the first rank's place."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megapref.train"])
-    run_dir.parent.mkdir(parents=True, exist_ok=True)
-    place = run_dir.with_suffix(".place")
-    place.write_bytes(bytes(_PLACE_BYTES))
-    cfg = replace(cfg, run=replace(cfg.run, dir=str(run_dir), resume="auto"))
-    ours, theirs = context.Pipe(duplex=False)
-    launcher = context.Process(target=_launch, args=(cfg, processes, place, run_dir.with_suffix(".log"), theirs))
-    launcher.start()
-    return launcher, ours.recv(), place
+def _begin(start: Start, run_dir: Path) -> tuple[BaseProcess, Callable[[], int]]:
+    """The launcher, and what tells how many steps it has done that no checkpoint had."""
+    saved, before = _saved(run_dir), _state_of(run_dir / "metrics.jsonl")
+    # A start replaces the file, as it removes the steps that it does again.
+    return start(run_dir), lambda: 0 if _state_of(run_dir / "metrics.jsonl") == before else _done(run_dir) - saved
 
 
-def _launch(cfg: Config, processes: int, place: Path, log: Path, connection) -> None:
-    """Forks the ranks, and kills the others when one ends with an error, as launchers do."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for stream in (1, 2):
-        os.dup2(descriptor, stream)
-    ranks = []
-    for rank in range(processes):
-        pid = os.fork()
-        if pid == 0:
-            _run_rank(cfg, rank, processes, port, place)
-        ranks.append(pid)
-    connection.send(ranks)
-    left, code = set(ranks), 0
-    while left:
-        pid, status = os.wait()
-        left.discard(pid)
-        if status != 0 and not code:
-            code = 1
-            for other in left:
-                _kill(other)
-    sys.exit(code)
+def _wait(launcher: BaseProcess, until: Callable[[], int]) -> None:
+    while launcher.is_alive() and not until():
+        launcher.join(LOOK)
 
 
-def _run_rank(cfg: Config, rank: int, processes: int, port: int, place: Path) -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # dies with its launcher
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in names.items()})
-    code = 1
-    try:
-        import torch
-
-        from megapref.train import main
-
-        torch.set_num_threads(1)
-        if rank == 0:
-            threading.Thread(target=_note_place, args=(place,), daemon=True).start()
-        main(cfg)
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def _note_place(place: Path) -> None:
-    from megapref.phases import here
-
-    with place.open("r+b", buffering=0) as file:
-        while True:
-            file.seek(0)
-            file.write(str(here)[:_PLACE_BYTES].ljust(_PLACE_BYTES).encode())
-            time.sleep(0.005)
-
-
-def _kill(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):  # it has ended by itself
-        os.kill(pid, signal.SIGKILL)
-
-
-def _survived(cfg: Config, run_dir: Path, whole: Path, victim: str, place: str) -> Kill:
+def _survived(run_dir: Path, whole: Path, save_every: int, victim: str, place: str, half_written: set[tuple]) -> Kill:
     done, expected = _numbers(run_dir), _numbers(whole)
     if done != expected[: len(done)]:
         raise RuntimeError(f"{run_dir}: killed at {place}, its metrics are not those of {whole}")
-    steps = [int(path.name.removeprefix("step_")) for path in (run_dir / "checkpoints").glob("step_*")]
-    kill = Kill(victim, place, max((record["step"] for record in done), default=0), max(steps, default=0))
-    bound = cfg.save.every * (2 if cfg.save.background else 1)  # one in the background is there a save later at the latest
-    if cfg.save.every and kill.done - kill.saved > bound:
+    kill = Kill(victim, place, _half_written(run_dir) != half_written, _done(run_dir), _saved(run_dir))
+    if kill.done - kill.saved > save_every:
         raise RuntimeError(f"{run_dir}: killed at {place} after step {kill.done}, its newest checkpoint is of step {kill.saved}")
+    _expect_checkpoints(run_dir)
     return kill
 
 
-def _expect_end(launcher: multiprocessing.Process, run_dir: Path) -> None:
+def _expect_end(launcher: BaseProcess, run_dir: Path) -> None:
     launcher.join()
     if launcher.exitcode != 0:
-        raise RuntimeError(f"{run_dir}: the run ended with an error:\n{run_dir.with_suffix('.log').read_text()[-3000:]}")
+        raise RuntimeError(f"{run_dir}: the run ended with an error:\n{log_of(run_dir).read_text()[-3000:]}")
+    _expect_checkpoints(run_dir)
+
+
+def _expect_checkpoints(run_dir: Path) -> None:
+    """The run has gone on from the newest one."""
+    if "passing over checkpoint" in log_of(run_dir).read_text():
+        raise RuntimeError(f"{run_dir}: a checkpoint was spoilt:\n{log_of(run_dir).read_text()[:3000]}")
 
 
 def _compare(run_dir: Path, whole: Path) -> None:
@@ -198,12 +158,34 @@ def _numbers(run_dir: Path) -> list[dict]:
     return [{key: json.dumps(value) if key != "step" else value for key, value in r.items() if not key.startswith(OF_TIME)} for r in records]
 
 
+def _done(run_dir: Path) -> int:
+    return max((record["step"] for record in _numbers(run_dir)), default=0)
+
+
+def _saved(run_dir: Path) -> int:
+    return max((int(path.name.removeprefix("step_")) for path in (run_dir / "checkpoints").glob("step_*")), default=0)
+
+
+def _half_written(run_dir: Path) -> set[tuple]:
+    return {(path.name, *_state_of(path)) for path in (run_dir / "checkpoints").glob(".writing_step_*")}
+
+
+def _state_of(path: Path) -> tuple:
+    """Changes when a file is replaced or grows, a folder gets files."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return ()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-name", required=True, help="the recipe")
     parser.add_argument("--config-dir", help="more recipes and groups")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--launcher", choices=("fork", "torchrun"), default="fork", help="how the run is started every time")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and victims")
     parser.add_argument("--dir", type=Path, default=Path("runs/chaos"), help="where the runs go; must not exist")
     options, overrides = parser.parse_known_args(argv)
@@ -213,7 +195,9 @@ def main(argv: list[str]) -> int:
         cfg = load(options.config_name, overrides, options.config_dir, options.processes)
         if not cfg.save.every:
             raise ValueError("save.every=0 saves at the end only, so every kill would begin anew; give it a number of steps")
-        kills = torment(cfg, options.dir, options.processes, options.kills, options.seed)
+        recipe = ["--config-name", options.config_name, *(["--config-dir", options.config_dir] if options.config_dir else []), *overrides]
+        start = forked(cfg, options.processes) if options.launcher == "fork" else by_torchrun(recipe, options.processes)
+        kills = torment(start, steps_between_saves(cfg), options.dir, options.kills, options.seed, partial(print, flush=True))
     except (ValueError, RuntimeError) as error:
         print(f"chaos: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
