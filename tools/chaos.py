@@ -32,6 +32,7 @@ from megapref.metrics_file import read_metrics
 
 OF_TIME = ("time/", "memory/", "perf/", "data/")  # what differs between equal runs, or is told once at a start
 SHARE_OF_STARTS = 0.2  # of the kills, before the first step that a start does
+SHARE_OF_ENDS = 0.25  # of a run's time, that what is left of it is given more: some come to their end, and the next begins at step 0
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,7 @@ def torment(start: Start, save_every: int, folder: Path, kills: int, seed: int, 
     _wait(launcher, steps)
     stepped = time.time()
     _expect_end(launcher, whole)
-    # From the first step to the last, and some for what comes after it.
-    seconds, total = 1.2 * ((whole / "metrics.jsonl").stat().st_mtime - stepped), _done(whole)
+    seconds, total = (whole / "metrics.jsonl").stat().st_mtime - stepped, _done(whole)  # from the first step to the last
     survived: list[Kill] = []
     for attempt in itertools.count():
         if len(survived) == kills:
@@ -78,7 +78,7 @@ def torment(start: Start, save_every: int, folder: Path, kills: int, seed: int, 
             launcher.join(chance.uniform(0, stepped - began))
         else:
             _wait(launcher, steps)
-            launcher.join(chance.uniform(0, seconds * (total - saved) / total))
+            launcher.join(chance.uniform(0, seconds * ((total - saved) / total + SHARE_OF_ENDS)))
         if launcher.is_alive():
             victim, place = chance.choice(VICTIMS), place_of(run_dir) or f"step {_done(run_dir) + 1}, some phase"
             strike(launcher, victim, chance)

@@ -21,7 +21,7 @@ def inputs(tmp_path_factory):
 
 
 def config(inputs, pairs: str, background: bool) -> Config:
-    groups = {"train": {"steps": 12}, "save": {"every": 2, "export": True, "background": background}, "evaluation": {"every": 4}}
+    groups = {"train": {"steps": 8}, "save": {"every": 2, "export": True, "background": background}, "evaluation": {"every": 4}}
     errors: list[str] = []
     cfg = build(Config, options(inputs, Path("unused"), pairs, **groups), errors)
     assert not errors
@@ -29,14 +29,12 @@ def config(inputs, pairs: str, background: bool) -> Config:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("pairs", "background", "processes"), [("offline", False, 1), ("offline", True, 2), ("online", True, 1), ("online", False, 2)]
-)
+@pytest.mark.parametrize(("pairs", "background", "processes"), [("offline", False, 1), ("offline", True, 2), ("online", True, 1)])
 def test_kills_lose_nothing(inputs, tmp_path, pairs, background, processes):
     cfg = config(inputs, pairs, background)
-    kills = chaos.torment(chaos.forked(cfg, processes), chaos.steps_between_saves(cfg), tmp_path, kills=13, seed=0)
+    kills = chaos.torment(chaos.forked(cfg, processes), chaos.steps_between_saves(cfg), tmp_path, kills=17, seed=0)
     print(chaos.table(kills))
-    assert len(kills) == 13
+    assert len(kills) == 17
 
 
 def record(step: int, **values) -> str:
