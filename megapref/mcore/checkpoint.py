@@ -15,7 +15,7 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
 from megapref import phases
 from megapref.mcore import cpu, setup
-from megapref.mcore.sharded_state import METADATA, load_optimizer, model_entries, sharded_state
+from megapref.mcore.sharded_state import METADATA, load_module, load_optimizer, model_entries, sharded_state, without_missing_scales
 from megapref.mcore.step import TrainState
 
 MANIFEST = "manifest.json"
@@ -40,14 +40,14 @@ def load_checkpoint(state: TrainState, path: Path) -> dict:
     if state.moving_reference and not saved["has_reference"]:
         raise ValueError(f"checkpoint {path} has no reference of its own, which reference.sync_steps needs; resume with reference.sync_steps=0")
     with cpu.core_calls():
-        loaded = dist_checkpointing.load(sharded_state(state, is_loading=True), str(path))
+        loaded = dist_checkpointing.load(without_missing_scales(sharded_state(state, is_loading=True), path), str(path))
         for name, model in model_entries(state.chunks):
-            model.load_state_dict(loaded[name])
+            load_module(model, loaded[name])
         load_optimizer(state.optimizer, loaded["optimizer"], saved["adam_step"])
         if state.moving_reference:
             with state.moving_reference.in_place() as chunks:
                 for name, chunk in model_entries(chunks):
-                    chunk.load_state_dict(loaded["reference"][name])
+                    load_module(chunk, loaded["reference"][name])
     state.step, state.bad_steps, state.log_ratios = saved["step"], saved["bad_steps"], tuple(saved["log_ratios"])
     return saved
 
@@ -60,9 +60,9 @@ def load_weights(chunks: list[torch.nn.Module], path: Path) -> None:
     metadata = ensure_metadata_has_dp_cp_group(dict(METADATA))
     with cpu.core_calls():
         sharded = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in model_entries(chunks)}
-        loaded = dist_checkpointing.load(sharded, str(path))
+        loaded = dist_checkpointing.load(without_missing_scales(sharded, path), str(path))
     for name, chunk in model_entries(chunks):
-        chunk.load_state_dict(loaded[name])
+        load_module(chunk, loaded[name])
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

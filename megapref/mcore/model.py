@@ -13,6 +13,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.utils import unwrap_model
 from torch import Tensor
@@ -78,6 +79,10 @@ class SegmentedGPT(GPTModel):
             groups is not None or where(ignore_virtual=False, vp_stage=virtual_stage)
             for where in (parallel_state.is_pipeline_first_stage, parallel_state.is_pipeline_last_stage)
         )
+        if config.te_layers:
+            # Core asks for apex's kernel where gradients are accumulated in matrix products and a layer is its own. Only the head is one, and its
+            # gradient is this package's (forward.py); Transformer Engine's layers have a kernel of theirs.
+            layers._grad_accum_fusion_available = True
         super().__init__(
             config,
             _block_spec(config, virtual_stage, groups, is_last),

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import accumulate
+from pathlib import Path
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from megatron.core.utils import unwrap_model
@@ -36,6 +38,23 @@ def sharded_state(state: TrainState, is_loading: bool) -> dict:
     if state.moving_reference:
         sharded["reference"] = _sharded_reference(state.moving_reference, metadata)
     return sharded
+
+
+def without_missing_scales(sharded: dict, path: Path) -> dict:
+    """`sharded` without what a checkpoint lacks of Transformer Engine's layers' own state, FP8 scales: one that was made without those layers.
+
+    They start with fresh ones then.
+    """
+    saved = load_sharded_metadata(str(path))
+    missing = lambda entry: isinstance(entry, ShardedObject) and "_extra_state" in entry.key and entry.unique_key not in saved  # noqa: E731
+    return extract_matching_values(sharded, missing)[1]
+
+
+def load_module(module: torch.nn.Module, weights: dict) -> None:
+    """Core's `load_state_dict`, which may lack such state and nothing else."""
+    problems = module.load_state_dict(weights, strict=False)
+    wrong = [name for name in (*problems.missing_keys, *problems.unexpected_keys) if not name.endswith("_extra_state")]
+    assert not wrong, f"the checkpoint and the model differ in {wrong}"
 
 
 @contextmanager
