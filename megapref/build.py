@@ -27,6 +27,7 @@ from megapref.engines import make_engines
 from megapref.judge_model import local_model
 from megapref.losses.combined import is_first_only, is_of_completions, parts
 from megapref.mcore import batch_wide, checkpoint, reference, setup
+from megapref.mcore.audit import audit
 from megapref.mcore.kernels import Choice, choose, machine
 from megapref.mcore.model import build_model
 from megapref.mcore.optimizer import build_optimizer, wrap_for_training
@@ -47,6 +48,7 @@ class Run:
     has_reference: bool  # that the loss compares with
     loss_of_step: Callable[[int], Loss]
     prepare: sources.Prepare
+    audit: Callable[[list, Loss], dict[str, float]]  # what precision does to pairs
     sync_reference: Callable[[], None]
     source: Iterator[PairBatch]
     evaluate: sources.Evaluate
@@ -94,6 +96,9 @@ def build(cfg: Config, resume_from: Path | None) -> Run:
             packs = batch_wide.with_extra(packs, "kl", max(0.0, batch_wide.mean_log_ratio(chunks, others)))
         return packs, packing
 
+    def audit_pairs(rows: list, loss: Loss) -> dict[str, float]:
+        return audit(chunks, prepare(rows, loss)[0], ref if has_reference else None)
+
     def sync_reference() -> None:
         if moving and state.step % cfg.reference.sync_steps == 0:
             reference.synchronise(ref, policy, cfg.reference.mixup_alpha)
@@ -120,7 +125,8 @@ def build(cfg: Config, resume_from: Path | None) -> Run:
         source, evaluate = sources.offline_source(cfg, inputs.data, state, inputs.losses, prepare)
     loss_of_step = partial(sources.of_epoch, cfg, inputs.data, inputs.losses)
     write = write_ledger if is_online and cfg.log.ledger else None
-    return Run(state, progress, total_steps, has_reference, loss_of_step, prepare, sync_reference, source, evaluate, write, export, identity)
+    functions = (loss_of_step, prepare, audit_pairs, sync_reference)
+    return Run(state, progress, total_steps, has_reference, *functions, source, evaluate, write, export, identity)
 
 
 def fill_cache(cfg: Config) -> None:

@@ -100,3 +100,16 @@ def _judged(name: str, first: float, recent: float, cfg: Config) -> tuple[float,
         "likelihood too (loss.params.sft_loss_weight, guard.action=raise_sft_weight)"
     )
     return drop, guard.max_drop, text
+
+
+def audit_warnings(cfg: Config, metrics: dict[str, float]) -> list[str]:
+    """What a step's audit found beyond the limits of `precision.audit`, in plain words."""
+    limits, above = cfg.precision.audit, "bf16" if cfg.precision.fp8 else "fp32"
+    remedy = "keep more layers in bf16 (precision.bf16_first_layers, bf16_last_layers, bf16_layers), or use precision=bf16"
+    remedy = remedy if cfg.precision.fp8 else "use precision=fp32 to see whether it matters"
+    found = []
+    if (flips := metrics.get("audit/sign_flips", 0.0)) > limits.max_sign_flips:
+        found.append(f"{flips:.0%} of the audited pairs have margins of another sign than in {above} (limit {limits.max_sign_flips:.0%})")
+    if (kl := metrics.get("audit/kl", 0.0)) > limits.max_kl:
+        found.append(f"the KL between precision={cfg.precision.name} and {above} is {kl:.4f} nats per token (limit {limits.max_kl:g})")
+    return [f"precision.audit: {text}; {remedy}" for text in found]

@@ -25,7 +25,7 @@ from megapref.mcore.kernels import check_machine, machine
 from megapref.mcore.optimizer import learning_rate
 from megapref.mcore.step import TrainState, train_step
 from megapref.phases import phase
-from megapref.progress import best_steps, evaluated, observed
+from megapref.progress import audit_warnings, best_steps, evaluated, observed
 from megapref.saves import Saves
 
 
@@ -81,7 +81,7 @@ def train(cfg: Config, run: Run, log: runlog.RunLog) -> bool:
                 if run.write_ledger:
                     setup.on_first_rank(log.os_errors_told()(run.write_ledger))(batch)
             metrics, rows = step(cfg, run, batch) | saved, []
-            warnings = observed(progress, cfg, metrics, run.has_reference)
+            warnings = observed(progress, cfg, metrics, run.has_reference) + audit_warnings(cfg, metrics)
             last = state.step == run.total_steps or bool(progress.stopped)
             if _due(state.step, cfg.evaluation.every, last):
                 evaluation, rows = _evaluate(run)
@@ -161,14 +161,19 @@ def step(cfg: Config, run: Run, batch: PairBatch) -> dict[str, float]:
     with phase("reference"):
         packs, packing = run.prepare(pairs, loss)
     scored = time.perf_counter()
+    if cfg.precision.audit.every and (run.state.step + 1) % cfg.precision.audit.every == 0:
+        with phase("audit"):
+            metrics |= run.audit(pairs[: cfg.precision.audit.pairs], loss)
+        metrics["time/audit"] = time.perf_counter() - scored
+    audited = time.perf_counter()
     with phase("training"):
         metrics = train_step(run.state, packs, loss, learning_rate(run.state.step + 1, run.total_steps, cfg.optimizer)) | metrics
     trained = time.perf_counter()
     if "objective/scores" in metrics and "objective/non_score_reward" in metrics:
         metrics["objective/rlhf_reward"] = metrics["objective/scores"] + metrics["objective/non_score_reward"]
     metrics |= {name: value for name, value in getattr(epoch_loss, "keywords", {}).items() if name in ("beta", "alpha")}
-    seconds = trained - started + metrics.get("time/generate", 0.0) + metrics.get("time/judge", 0.0)
-    metrics |= {"time/score_reference": scored - started, "time/train": trained - scored}
+    seconds = trained - started - metrics.get("time/audit", 0.0) + metrics.get("time/generate", 0.0) + metrics.get("time/judge", 0.0)
+    metrics |= {"time/score_reference": scored - started, "time/train": trained - audited}
     return metrics | packing | {"perf/tokens_per_s": packing["pack/tokens"] / seconds, "perf/pairs_per_s": len(pairs) / seconds}
 
 
