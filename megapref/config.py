@@ -151,7 +151,7 @@ class Generation:
     sync_every: Count = 1  # semi-online: the prompts of so many steps are sampled at once, with the weights before the first of them
     parallel: SamplingParallel = field(default_factory=SamplingParallel)
     max_requests: Count = 256  # slots decoded together
-    kv_cache_gb: Positive = 0.5  # GiB per rank
+    kv_cache_gb: Positive | None = None  # GiB per rank; null: what max_requests need, on a GPU at most 0.8 of what is free
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def job_of(cfg: Config, spec: ModelSpec) -> Job:
         new_tokens=cfg.generation.max_new_tokens if is_online else 0,
         samples_reference=is_online and cfg.method.candidates == "policy_reference",
         max_requests=cfg.generation.max_requests,
-        kv_cache=cfg.generation.kv_cache_gb * 2**30,
+        kv_cache=cfg.generation.kv_cache_gb and cfg.generation.kv_cache_gb * 2**30,
     )
 
 

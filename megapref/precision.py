@@ -70,3 +70,4 @@ class Kernels:
     # auto: Transformer Engine's where it works on this machine and knows the model, torch's elsewhere; environment.json says which, and why
     layers: Literal["auto", "torch", "te"] = "auto"  # linear layers, norms before them and experts: torch's, Transformer Engine's (te), or auto
     attention: Literal["auto", "torch", "te"] = "auto"  # of training: torch's, Transformer Engine's (te), or auto
+    decoding_graphs: Whole = 0  # so many sizes of batches have their decoding captured as graphs of a GPU; 0: none

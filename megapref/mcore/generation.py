@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,16 +20,33 @@ from megatron.core.inference.sampling.torch_sampling import TorchSampling
 from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import attention
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megapref import config, phases
-from megapref.mcore import cpu
+from megapref.mcore import cpu, device
+from megapref.mcore.kernels import machine, no_decoding_attention
+
+# Of a GPU's free memory, what the cache may have, and of each of a rank's weights, what Adam may still take: two moments and a copy in float32.
+_SHARE_OF_FREE = 0.8
+_ADAM_BYTES = 12
 
 Draw = Callable[[Tensor, np.ndarray, np.ndarray], Tensor]  # (logits [n, V], request numbers [n], positions [n]) -> token ids [n]
 
 
 Ends = Callable[[list[int]], bool]  # whether the last of a completion's token ids ends it
+
+
+def _in_one_split() -> None:
+    """FlashAttention 4 refuses Core's `num_splits=0` (let the kernel choose) on Hopper: one split instead."""
+    if attention.HAVE_FA4 and not isinstance(attention.flash_attn4_varlen_func, _OneSplit):
+        attention.flash_attn4_varlen_func = _OneSplit(attention.flash_attn4_varlen_func)
+
+
+class _OneSplit(partial):
+    def __call__(self, *args, **kwargs):
+        return super().__call__(*args, **kwargs | {"num_splits": 1})
 
 
 class _TokenIdsOnly:
@@ -116,13 +134,19 @@ class Engine:
         opponent: torch.nn.Module | None = None,
         groups: ProcessGroupCollection | None = None,
     ):
+        if missing := no_decoding_attention(machine()):
+            raise ValueError(missing)
         self.model = unwrap_model(chunk)
         self.opponent = opponent and unwrap_model(opponent)
         # Core pads batches to its own multiples and asserts that there is room for them.
         slots = DynamicInferenceContext.round_up_requests(generation.max_requests)
+        block = 16 if cpu.ACTIVE else 256  # flash-attn's paged kernels want 256; less is gathered in vain with small ones
+        graphs = self.model.config.decoding_graphs
         self.config = InferenceConfig(
-            block_size_tokens=16 if cpu.ACTIVE else 256,  # flash-attn's paged kernels want 256; less is gathered in vain with small ones
-            buffer_size_gb=generation.kv_cache_gb,
+            block_size_tokens=block,
+            buffer_size_gb=generation.kv_cache_gb or self._cache_bytes(slots, max_length, block) / 2**30,
+            num_cuda_graphs=graphs or None,
+            use_cuda_graphs_for_non_decode_steps=False,
             max_requests=slots,
             max_tokens=DynamicInferenceContext.round_up_tokens(max(max_length, slots)),
             max_sequence_length=max_length,
@@ -170,8 +194,24 @@ class Engine:
         assert all(ids is not None for ids in completions)
         return completions
 
+    def _cache_bytes(self, slots: int, max_length: int, block: int) -> int:
+        """What all slots need for sequences of `max_length` tokens; on a GPU no more than a share of what is free, Adam's state set aside.
+
+        The cache is there while samples are drawn alone, but Adam's state is not there before the first step.
+        """
+        config = self.model.config
+        width = config.kv_channels * config.num_query_groups // config.tensor_model_parallel_size
+        block_bytes = 2 * len(self.model.decoder.layers) * width * config.params_dtype.itemsize * block
+        needed = (slots * -(-max_length // block) + 2) * block_bytes
+        free = device.free_memory_bytes()
+        if free is None:
+            return needed
+        left = _SHARE_OF_FREE * (free - _ADAM_BYTES * sum(parameter.numel() for parameter in self.model.parameters()))
+        return int(min(needed, max(left / (2 if self.opponent else 1), 2 * block_bytes)))
+
     def _start(self, coefficient: float | None = None) -> DynamicInferenceEngine:
         if self.engine is None:
+            _in_one_split()
             context = DynamicInferenceContext(self.model.config, self.config)
             model = _Mixture(self.model, self.opponent, context) if self.opponent else _Model(self.model, context)
             controller = TextGenerationController(model, _TokenIdsOnly())

@@ -49,6 +49,7 @@ class DecoderConfig(TransformerConfig):
     te_attention: bool = False
     kept_in_bf16: frozenset[int] = frozenset()  # layers, from 0, whose matrix products are not in FP8
     pad_multiple: int = 1  # of the rows of a matrix product
+    decoding_graphs: int = 0
 
     def __post_init__(self):
         if self.projection_qk_norm:

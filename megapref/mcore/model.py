@@ -56,11 +56,12 @@ def build_model(
     """
     check_layout(spec, parallel, is_trained=groups is None)
     precision = precision or Precision()
-    choice = choose(spec.transformer, parallel.tensor, precision, kernels or Kernels(), machine())
+    kernels = kernels or Kernels()
+    choice = choose(spec.transformer, parallel.tensor, precision, kernels, machine())
     if parallel.offload_layers and not choice.te_layers:
         raise ValueError(f"parallel.offload_layers={parallel.offload_layers} needs Transformer Engine's layers: {choice.why['layers']}; use 0")
     with cpu.core_calls():
-        config = _transformer_config(spec, parallel, precision, choice)
+        config = _transformer_config(spec, parallel, precision, choice, kernels.decoding_graphs)
         stages = range(parallel.virtual_pipeline) if parallel.virtual_pipeline > 1 else [None]
         return [SegmentedGPT(spec, config, stage, groups) for stage in stages]
 
@@ -184,7 +185,7 @@ def check_layout(spec: ModelSpec, parallel: Parallel, is_trained: bool = True) -
         raise ValueError("parallel.sequence=true splits rows over tensor-parallel ranks: it needs parallel.tensor of 2 or more")
 
 
-def _transformer_config(spec: ModelSpec, parallel: Parallel, precision: Precision, choice: Choice) -> DecoderConfig:
+def _transformer_config(spec: ModelSpec, parallel: Parallel, precision: Precision, choice: Choice, decoding_graphs: int) -> DecoderConfig:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision.dtype]
     return DecoderConfig(
         **spec.transformer,
@@ -214,6 +215,9 @@ def _transformer_config(spec: ModelSpec, parallel: Parallel, precision: Precisio
         hidden_dropout=0.0,
         perform_initialization=False,
         use_cpu_initialization=cpu.ACTIVE,
+        # Graphs of the whole block, in generation alone: packs differ in length, a graph would have to be captured for each.
+        **({"cuda_graph_impl": "local", "inference_cuda_graph_scope": "block", "cuda_graph_modules": []} if decoding_graphs else {}),
+        decoding_graphs=decoding_graphs,
         **_RECOMPUTE[parallel.recompute],
         cpu_offloading=parallel.offload_layers > 0,
         cpu_offloading_num_layers=parallel.offload_layers,

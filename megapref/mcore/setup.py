@@ -58,7 +58,7 @@ def start(parallel: Parallel, seed: int, stuck_after: float | None = None, stuck
         distributed_timeout_minutes=int(timeout.total_seconds() / 60),
     )
     with cpu.core_calls():
-        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+        tensor_parallel.model_parallel_cuda_manual_seed(seed, use_cudagraphable_rng=torch.cuda.is_available())
 
 
 def sampling_groups(tensor: int) -> ProcessGroupCollection:

@@ -66,8 +66,22 @@ def stage_memory(spec: ModelSpec, job: Job, layout: Layout, packs: list[PackSize
         tables=(1 + is_resident) * 4 * spec.max_positions * 2 * len(spec.rotary_frequencies + spec.local_rotary_frequencies),
         activations=round(stage_activations(Sizes.of(spec), job, layout, largest_pack, len(packs), kernels, stage)),
         logits=_logits(spec, job, layout, largest_pack, stage),
-        kv_cache=round(job.kv_cache) if job.online else 0,
+        kv_cache=round(cache_bytes(spec, job, layout)) if job.online else 0,
     )
+
+
+def cache_bytes(spec: ModelSpec, job: Job, layout: Layout) -> float:
+    """Of keys and values on a rank: as the job says, or what all requests need that are decoded together."""
+    if job.kv_cache is not None:
+        return job.kv_cache
+    longest = max(pair.prompt for pair in job.pairs) + job.new_tokens
+    return job.max_requests * longest * cache_per_token(spec, job, layout)
+
+
+def cache_per_token(spec: ModelSpec, job: Job, layout: Layout) -> float:
+    """Bytes of keys and values of one token on a rank."""
+    m = Sizes.of(spec)
+    return 2 * job.bytes * m.groups * m.width / layout.tensor * max(stage_layers(m.layers, layout.pipeline))
 
 
 def optimizer_bytes(job: Job) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 
 from megapref.batch import ModelSpec
 from megapref.plan.hardware import LINK_EFFICIENCY, LINK_LATENCY, MATMUL_EFFICIENCY, MEMORY_EFFICIENCY, Gpu
-from megapref.plan.memory import Kernels, layer_activations
+from megapref.plan.memory import Kernels, cache_bytes, cache_per_token, layer_activations
 from megapref.plan.shapes import Layout, Sizes, buffer_size, layer_matmul_parameters, num_parameters, stage_layers
 from megapref.plan.workload import Job, PackSizes, total
 
@@ -173,7 +173,7 @@ def generation_time(spec: ModelSpec, job: Job, layout: Layout, gpu: Gpu) -> floa
     m, turns = Sizes.of(spec), 2 if job.samples_reference else 1
     samples = -(-job.prompts // layout.data) * job.candidates / turns  # of one model
     prompt = sum(pair.prompt for pair in job.pairs) / len(job.pairs)
-    slots = max(1, min(job.max_requests, int(job.kv_cache // (cache_per_token(spec, job, layout) * (prompt + job.new_tokens)))))
+    slots = max(1, min(job.max_requests, int(cache_bytes(spec, job, layout) // (cache_per_token(spec, job, layout) * (prompt + job.new_tokens)))))
     rounds = math.ceil(samples / slots)
     at_once = samples / rounds
     weights = job.bytes * num_parameters(spec) / layout.tensor
@@ -184,9 +184,3 @@ def generation_time(spec: ModelSpec, job: Job, layout: Layout, gpu: Gpu) -> floa
     token = (weights + keys) / (gpu.bandwidth * MEMORY_EFFICIENCY) + collectives + messages
     prefill = 2 * num_parameters(spec) / layout.tensor * samples * prompt / rate(gpu, job)
     return turns * (rounds * job.new_tokens * token + prefill)
-
-
-def cache_per_token(spec: ModelSpec, job: Job, layout: Layout) -> float:
-    """Bytes of keys and values of one token on a rank."""
-    m = Sizes.of(spec)
-    return 2 * job.bytes * m.groups * m.width / layout.tensor * max(stage_layers(m.layers, layout.pipeline))

@@ -34,7 +34,7 @@ class Job:
     new_tokens: int = 0  # sampled per completion
     samples_reference: bool = False  # half of the candidates are the reference's
     max_requests: int = 256  # decoded together
-    kv_cache: float = 0.0  # bytes per rank
+    kv_cache: float | None = 0.0  # bytes per rank; None: what max_requests sequences need
 
     @property
     def bytes(self) -> int:
