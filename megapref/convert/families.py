@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from megapref.batch import ModelSpec
 from megapref.convert.table import FAMILIES, Family
 
+SCORES = "score.weight"  # of a classifier, [labels, H]; Core's model has no such parameter
+
 # What is read of every family that has it.
 _MAPPED = frozenset(
     [
@@ -68,8 +70,11 @@ _ROPE_FIELDS = {
 }
 
 
-def read_spec(folder: str | Path) -> ModelSpec:
-    """The model that a Hugging Face folder's config.json describes. Errors: ValueError naming the field, its value and what is supported."""
+def read_spec(folder: str | Path, classifier: bool = False) -> ModelSpec:
+    """The model that a Hugging Face folder's config.json describes; a sequence classifier only where that is expected.
+
+    Errors: ValueError naming the field, its value and what is supported.
+    """
     file = Path(folder) / "config.json"
     if not file.is_file():
         raise ValueError(f"{folder} is not a Hugging Face checkpoint: it has no config.json")
@@ -78,27 +83,33 @@ def read_spec(folder: str | Path) -> ModelSpec:
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     try:
-        return to_spec(config)
+        return to_spec(config, classifier)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 
 
-def to_spec(config: dict[str, Any]) -> ModelSpec:
-    """The model that the contents of a config.json describe."""
+def to_spec(config: dict[str, Any], classifier: bool = False) -> ModelSpec:
+    """The model that the contents of a config.json describe. A `classifier` has a matrix of scores in place of the output layer."""
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
         raise _unsupported("model_type", model_type, ", ".join(FAMILIES))
     family = FAMILIES[model_type]
     architectures = config.get("architectures") or [family.architecture]
-    if family.architecture not in architectures:
-        raise _unsupported("architectures", architectures, f"[{family.architecture!r}]")
+    scores = classifier and family.classifier in architectures
+    if not scores and family.architecture not in architectures:
+        supported = [family.architecture, family.classifier] if classifier else [family.architecture]
+        raise _unsupported("architectures", architectures, " or ".join(f"[{name!r}]" for name in supported))
     values = _complete(config)
     heads = values["num_attention_heads"]
     groups = values.get("num_key_value_heads") or heads
     if heads % groups:
         raise ValueError(f"num_key_value_heads={groups} does not divide num_attention_heads={heads}")
     width = values.get("head_dim") or values["hidden_size"] // heads
-    tied = bool(values["tie_word_embeddings"])
+    tied = bool(values["tie_word_embeddings"]) and not scores
+    weights = {**family.weights, **({"output_layer.weight": family.weights["embedding.word_embeddings.weight"]} if tied else {})}
+    if scores:
+        del weights["output_layer.weight"]
+        weights[SCORES] = ("replicated", ("score.weight",))
     return ModelSpec(
         family=model_type,
         transformer={
@@ -122,7 +133,7 @@ def to_spec(config: dict[str, Any]) -> ModelSpec:
         **_rotary(values["rope_parameters"], width, family),
         tied=tied,
         dtype=values["dtype"] or "float32",
-        weights={**family.weights, **({"output_layer.weight": family.weights["embedding.word_embeddings.weight"]} if tied else {})},
+        weights=weights,
     )
 
 

@@ -23,7 +23,7 @@ from megapref import phases
 from megapref.batch import ModelSpec
 from megapref.convert import mapping
 from megapref.convert.refit import whole_experts
-from megapref.mcore import gather, setup
+from megapref.mcore import checkpoint, gather, setup
 from megapref.mcore.model import named_weights, set_weight
 
 MAX_FILE_BYTES = 5 * 10**9
@@ -57,11 +57,15 @@ def find_model(path: str, key: str = "model.path") -> Path:
 def load_hf(chunks: list[Module], spec: ModelSpec, folder: str | Path) -> None:
     """Fills the chunks with the folder's weights, each rank reading its shards only; a collective of all ranks.
 
+    The folder is Hugging Face's, or one that convert/core.py made.
     Errors: ValueError naming tensors that are missing, not known, or of another shape than config.json says.
     """
+    if checkpoint.is_checkpoint(Path(folder)):
+        checkpoint.load_weights(chunks, Path(folder))
+        return
     error = None
     try:
-        files = _tensor_files(Path(folder), spec)
+        files = tensor_files(Path(folder), spec)
         with ExitStack() as stack:
             opened = {file: stack.enter_context(safe_open(file, "pt")) for file in set(files.values())}
             _fill(chunks, spec, {name: opened[file] for name, file in files.items()})
@@ -97,9 +101,9 @@ def export_hf(
         if setup.is_first_rank():
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            _write_companions(Path(source), partial, dtype)
+            write_companions(Path(source), partial, dtype)
             _write_weights(tensors, partial, max_file_bytes)
-            _put(partial, folder)
+            put(partial, folder)
     except (OSError, SafetensorError) as caught:
         error = ValueError(f"{folder} cannot be written: {caught}")
     for _ in tensors:  # the other ranks, and a first rank that failed: the senders must not be left waiting
@@ -107,7 +111,7 @@ def export_hf(
     setup.agree(error)
 
 
-def _put(partial: Path, folder: Path) -> None:
+def put(partial: Path, folder: Path) -> None:
     """Gives a complete folder its name; one that has it now goes last."""
     previous = folder.with_name(f".{folder.name}.previous")
     shutil.rmtree(previous, ignore_errors=True)
@@ -118,16 +122,16 @@ def _put(partial: Path, folder: Path) -> None:
 
 
 def fingerprint(folder: Path) -> str:
-    """A digest of config.json and of the end of every weight file: the same for a copy of the folder, another for another model."""
+    """A digest of config.json and of the end of every weight file, or of a converted folder's checksums: another for another model."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted((*folder.glob("*.safetensors"), *folder.glob("manifest.json"))):
         with path.open("rb") as file:
             file.seek(-min(2**20, path.stat().st_size), os.SEEK_END)
             digest.update(path.name.encode() + file.read())
     return digest.hexdigest()[:16]
 
 
-def _tensor_files(folder: Path, spec: ModelSpec) -> dict[str, Path]:
+def tensor_files(folder: Path, spec: ModelSpec) -> dict[str, Path]:
     """The file of every tensor that the model has."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -138,8 +142,9 @@ def _tensor_files(folder: Path, spec: ModelSpec) -> dict[str, Path]:
     else:
         raise ValueError("has neither model.safetensors nor model.safetensors.index.json; save the weights as safetensors")
     wanted = mapping.tensor_names(spec)
-    # Old checkpoints hold the rotary frequencies, which follow from config.json; tied ones may hold the embedding a second time.
-    harmless = {name for name in files if name.endswith("rotary_emb.inv_freq") or (spec.tied and name == "lm_head.weight")}
+    # Old checkpoints hold rotary frequencies and causal masks, which follow from config.json; tied ones may hold the embedding a second time.
+    buffers = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
+    harmless = {name for name in files if name.endswith(buffers) or (spec.tied and name in ("lm_head.weight", "embed_out.weight"))}
     if missing := wanted - set(files):
         raise ValueError(f"lacks {_some(missing)} that a {spec.family} model of this config.json has")
     if unknown := set(files) - wanted - harmless:
@@ -172,7 +177,7 @@ def _whole_tensors(chunks: list[Module], spec: ModelSpec, dtype: torch.dtype) ->
                 yield name, tensor.to(dtype)
 
 
-def _write_companions(source: Path, folder: Path, dtype: str | None) -> None:
+def write_companions(source: Path, folder: Path, dtype: str | None) -> None:
     config = json.loads((source / "config.json").read_text())
     if dtype is not None:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype

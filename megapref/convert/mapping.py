@@ -27,10 +27,23 @@ from torch import Tensor
 from megapref.batch import ModelSpec
 
 
+def parameters(spec: ModelSpec) -> list[tuple[str, dict[str, int]]]:
+    """Every parameter of the model: its name in ModelSpec.weights, and what the placeholders stand for. A tied output layer is the embedding."""
+    layers, experts = range(spec.transformer["num_layers"]), range(spec.transformer.get("num_moe_experts", 0))
+    found: list[tuple[str, dict[str, int]]] = []
+    for name in spec.weights:
+        if "{expert}" in name:
+            found += [(name, {"layer": layer, "expert": expert}) for layer in layers for expert in experts]
+        elif "{layer}" in name:
+            found += [(name, {"layer": layer}) for layer in layers]
+        elif not (spec.tied and name == "output_layer.weight"):
+            found.append((name, {}))
+    return found
+
+
 def tensor_names(spec: ModelSpec) -> set[str]:
     """Every Hugging Face tensor of the model."""
-    layers, experts = range(spec.transformer["num_layers"]), range(spec.transformer.get("num_moe_experts", 1))
-    return {name.format(layer=layer, expert=expert) for _, names in spec.weights.values() for name in names for layer in layers for expert in experts}
+    return {tensor.format(**numbers) for name, numbers in parameters(spec) for tensor in spec.weights[name][1]}
 
 
 def read_shard(
@@ -42,24 +55,29 @@ def read_shard(
     the model has.
     """
     kind, names = spec.weights[core_name]
-    shapes = source_shapes(kind, shape, spec, size)
-    joined = len(names) < len(shapes)
-    whole = [(sum(part[0] for part in shapes), *shapes[0][1:])] if joined else shapes
-    sources = {}
-    for name, expected in zip(names, whole, strict=True):
-        name = name.format(**numbers)
-        sources[name] = stored(name)
-        if tuple(sources[name].get_shape()) != expected:
-            raise ValueError(f"{name} has shape {tuple(sources[name].get_shape())}, config.json makes it {expected}")
-    starts = accumulate((part[0] for part in shapes[:-1]), initial=0) if joined else [0] * len(shapes)
-    each = list(sources.values()) * (len(shapes) if joined else 1)
-    pieces = []
-    for source, part, start in zip(each, shapes, starts, strict=True):
-        rows, *others = piece(kind, part, size, rank)
-        if joined:
-            rows = slice(start + rows.start, start + rows.stop)
-        pieces.append(source[(rows, *others)])
+    sources = [stored(name.format(**numbers)) for name in names]
+    for source, (name, expected) in zip(sources, hf_shapes(core_name, numbers, shape, spec, size), strict=True):
+        if tuple(source.get_shape()) != expected:
+            raise ValueError(f"{name} has shape {tuple(source.get_shape())}, config.json makes it {expected}")
+    parts = source_shapes(kind, shape, spec, size)
+    if len(names) == len(parts):
+        pieces = [source[piece(kind, part, size, rank)] for source, part in zip(sources, parts, strict=True)]
+    else:
+        starts = accumulate((part[0] for part in parts), initial=0)
+        ranges = [(start, *piece(kind, part, size, rank)) for start, part in zip(starts, parts, strict=False)]
+        pieces = [sources[0][(slice(start + rows.start, start + rows.stop), *others)] for start, rows, *others in ranges]
     return fuse(kind, pieces, spec, size)
+
+
+def hf_shapes(
+    core_name: str, numbers: dict[str, int], shape: tuple[int, ...], spec: ModelSpec, size: int = 1
+) -> list[tuple[str, tuple[int, ...]]]:
+    """Name and shape of the Hugging Face tensors behind a Core parameter whose shard, one of `size`, has this shape."""
+    kind, names = spec.weights[core_name]
+    shapes = source_shapes(kind, shape, spec, size)
+    if len(names) < len(shapes):
+        shapes = [(sum(part[0] for part in shapes), *shapes[0][1:])]
+    return [(name.format(**numbers), part) for name, part in zip(names, shapes, strict=True)]
 
 
 def hf_tensors(core_name: str, numbers: dict[str, int], shards: Sequence[Tensor], spec: ModelSpec) -> list[tuple[str, Tensor]]:
@@ -81,10 +99,10 @@ def from_shards(kind: str, shards: Sequence[Tensor], spec: ModelSpec) -> list[Te
     if kind == "replicated":
         return [shards[0]]
     if kind == "row":
-        return [torch.cat(list(shards), 1)]
+        return [_joined(shards, 1)]
     if kind == "gated":
-        return [torch.cat(parts) for parts in zip(*(shard.chunk(2) for shard in shards), strict=True)]
-    whole = torch.cat(list(shards))
+        return [_joined(parts) for parts in zip(*(shard.chunk(2) for shard in shards), strict=True)]
+    whole = _joined(shards)
     if kind == "vocab":
         return [whole[: spec.vocab_size]]
     if kind == "qkv":
@@ -92,6 +110,11 @@ def from_shards(kind: str, shards: Sequence[Tensor], spec: ModelSpec) -> list[Te
         return [part.flatten(0, 1) for part in grouped.split(_rows_per_group(spec), 1)]
     assert kind == "column", kind
     return [whole]
+
+
+def _joined(parts: Sequence[Tensor], dimension: int = 0) -> Tensor:
+    """A lone part is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dimension)
 
 
 def piece(kind: str, shape: tuple[int, ...], size: int, rank: int) -> tuple[slice, ...]:

@@ -129,6 +129,11 @@ class Family:
     weights: Weights = field(default_factory=lambda: _DECODER)
     partial_rotary: bool = False  # it may turn the first dimensions of a head only
 
+    @property
+    def classifier(self) -> str:
+        """The architecture of its sequence classifiers."""
+        return self.architecture.replace("ForCausalLM", "ForSequenceClassification")
+
 
 FAMILIES = {
     "llama": Family("LlamaForCausalLM"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
@@ -15,7 +17,24 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 
-class Norm(torch.nn.Module):
+class _Stored(torch.nn.Module):
+    """A module whose weights Core's distributed checkpoints have; those in `split_axes` (axis by name) in tensor-parallel parts."""
+
+    split_axes: ClassVar[dict[str, int]] = {}
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Core's description of the weights. Its default would not know that tensor-parallel ranks have copies."""
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            self.split_axes,
+            sharded_offsets,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        )
+
+
+class Norm(_Stored):
     """RMS norm (arXiv:1910.07467) or layer norm (arXiv:1607.06450) over the last dimension, as Core's TransformerConfig says.
 
     Under sequence parallelism a rank sees some of the rows: the parameters carry `sequence_parallel`, so that Core sums their gradients.
@@ -47,8 +66,10 @@ class Norm(torch.nn.Module):
         return F.layer_norm(x, weight.shape, weight, bias, self.eps)
 
 
-class ProjectionNorm(torch.nn.Module):
+class ProjectionNorm(_Stored):
     """RMS norm over all heads of a token's queries, or keys, together. Tensor-parallel ranks have the weights of their heads."""
+
+    split_axes: ClassVar[dict[str, int]] = {"weight": 0}
 
     def __init__(self, config, hidden_size: int, eps: float, num_heads: int, group: ProcessGroup):
         super().__init__()
@@ -65,10 +86,3 @@ class ProjectionNorm(torch.nn.Module):
         # The sum over ranks goes to all of them, and all of them have a gradient for it.
         square = copy_to_tensor_model_parallel_region(reduce_from_tensor_model_parallel_region(square, self.group), self.group)
         return (values * (square / self.num_elements + self.eps).rsqrt() * self.weight).type_as(x).view_as(x)
-
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """Core's description of the weights in a distributed checkpoint."""
-        state, copies = self.state_dict(prefix="", keep_vars=True), parallel_state.get_data_parallel_group(with_context_parallel=True)
-        return make_sharded_tensors_for_checkpoint(
-            state, prefix, {"weight": 0}, sharded_offsets, tp_group=self.group, dp_cp_group=copies
-        )

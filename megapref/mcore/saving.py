@@ -97,6 +97,12 @@ def finish_save(saving: Saving, keep: int, protected: Collection[int] = ()) -> P
     return saving.path
 
 
+def finish_alone(folder: Path, path: Path) -> None:
+    """Makes a folder whose files one process has written the checkpoint `path`."""
+    files = sorted(folder.iterdir())
+    _give_name(folder, path, _checksums(*files), files)
+
+
 def _make_empty(folder: Path) -> None:
     for killed in folder.parent.glob(".writing_step_*"):
         shutil.rmtree(killed)
@@ -161,12 +167,17 @@ def _finish(saving: Saving, written: list[tuple[list, dict]]) -> None:
     save_config(CheckpointingConfig(saving.planned.backend, saving.planned.version), str(folder))
     (folder / "state.json").write_text(saving.state)
     ours = [folder / name for name in (".metadata", "metadata.json", "state.json")]
-    checksums = {name: entry for _, part in written for name, entry in part.items()} | _checksums(*ours)
-    (folder / MANIFEST).write_text(json.dumps(checksums, indent=1))
-    for path in (*ours, folder / MANIFEST, folder):
-        _sync(path)
-    os.rename(folder, saving.path)
-    _sync(saving.path.parent)
+    sums = {name: entry for _, part in written for name, entry in part.items()} | _checksums(*ours)
+    _give_name(folder, saving.path, sums, ours)
+
+
+def _give_name(folder: Path, path: Path, sums: dict[str, tuple[int, str]], unsynced: Collection[Path]) -> None:
+    """Makes a folder with a checkpoint's files the checkpoint `path`: the manifest with their checksums, then the name."""
+    (folder / MANIFEST).write_text(json.dumps(sums, indent=1))
+    for file in (*unsynced, folder / MANIFEST, folder):
+        _sync(file)
+    os.rename(folder, path)
+    _sync(path.parent)
 
 
 def _sync(path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import tiny_models
 import torch
 from distributed_run import run_distributed
+from family_differences import differences
 from safetensors.torch import load_file
 
 from megapref.config import Parallel
@@ -116,6 +117,12 @@ def logits_gradients_and_export(folder: Path, export_to: Path) -> tuple[torch.Te
     for core_name, numbers, parameter in named_weights(chunks):
         gradients.update(mapping.hf_tensors(core_name, numbers, [parameter.grad], spec))
     return logits.detach(), gradients, same_bits(folder, export_to)
+
+
+@pytest.mark.parametrize("name", tiny_models.CONFIGS)
+def test_bfloat16_is_as_near_as_that_of_transformers(checkpoints, name):
+    found = run_distributed(differences, 1, checkpoints[name])[0]
+    assert found["ours"] <= 0.07 and found["ours"] <= 1.2 * found["transformers"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -38,6 +38,8 @@ MAY_IMPORT = {
     "convert": ("batch",),
     "convert.hf": ("batch", "config", "mcore", "phases"),
     "convert.refit": ("batch", "mcore"),
+    "convert.core": ("batch", "mcore"),
+    "convert.verify": ("batch", "config", "mcore"),
     "methods": ("batch", "config", "losses", "plugins", "schema"),
     "verdicts": ("batch", "config", "mcore", "online", "plugins", "phases"),
     "sources": ("batch", "config", "data", "inference", "mcore", "online", "verdicts"),
