@@ -17,12 +17,11 @@ import sys
 from pathlib import Path
 
 import yaml
-from safetensors import SafetensorError, safe_open
 
 from megapref.config import resolve_path
 from megapref.convert import core
 from megapref.convert.families import read_spec
-from megapref.convert.hf import find_model
+from megapref.convert.hf import find_model, open_weights
 from megapref.convert.verify import compare
 from megapref.mcore import checkpoint
 from megapref.mcore.stored import Stored
@@ -48,6 +47,8 @@ def _hf_to_core(options: argparse.Namespace) -> int:
 
 def _core_to_hf(options: argparse.Namespace) -> int:
     source = Path(options.source)
+    if not checkpoint.is_checkpoint(source):
+        raise ValueError(f"{source} is no checkpoint, as it has no manifest.json: give the folder of one, such as checkpoints/step_000010")
     core.core_to_hf(source, Path(options.out), _model_of(source, options.model), options.dtype, int(options.max_file_gb * 1e9))
     print(f"{options.out} is a Hugging Face folder")
     return 0
@@ -92,16 +93,13 @@ def _core_rows(path: Path) -> list[tuple[str, str, tuple[int, ...], int]]:
 def _hf_rows(path: Path) -> list[tuple[str, str, tuple[int, ...], int]]:
     rows = []
     for file in sorted(path.glob("*.safetensors")):
-        try:
-            with safe_open(file, "pt") as opened:
-                for name in opened.keys():  # noqa: SIM118  no dictionary
-                    tensor = opened.get_slice(name)
-                    num_bytes = _SIZES.get(tensor.get_dtype(), 0)
-                    for size in tensor.get_shape():
-                        num_bytes *= size
-                    rows.append((name, tensor.get_dtype(), tuple(tensor.get_shape()), num_bytes))
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{file}: {error}") from error
+        with open_weights(file) as opened:
+            for name in opened.keys():  # noqa: SIM118  no dictionary
+                tensor = opened.get_slice(name)
+                num_bytes = _SIZES.get(tensor.get_dtype(), 0)
+                for size in tensor.get_shape():
+                    num_bytes *= size
+                rows.append((name, tensor.get_dtype(), tuple(tensor.get_shape()), num_bytes))
     if not rows:
         raise ValueError(f"{path} has neither safetensors files nor a checkpoint's manifest.json")
     return sorted(rows)

@@ -8,17 +8,17 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megapref.batch import ModelSpec
 from megapref.convert import mapping
 from megapref.convert.families import read_spec
-from megapref.convert.hf import MAX_FILE_BYTES, put, tensor_files, write_companions
+from megapref.convert.hf import MAX_FILE_BYTES, open_weights, put, tensor_files, write_companions
 from megapref.convert.streaming import Entry, write_files
 from megapref.mcore import checkpoint
 from megapref.mcore.saving import finish_alone
@@ -34,26 +34,29 @@ def hf_to_core(source: Path, folder: Path, dtype: str | None = None) -> None:
     spec = read_spec(source, classifier=True)
     try:
         files = tensor_files(source, spec)
-        made = {}
-        for core_name, numbers in mapping.parameters(spec):
-            with _opened(files) as stored:
-                shapes = [tuple(stored(name.format(**numbers)).get_shape()) for name in spec.weights[core_name][1]]
-            shape = (sum(part[0] for part in shapes), *shapes[0][1:])
-            place, places = _place(numbers, spec)
-            made[Piece(stored_name(core_name), place, places, shape, getattr(torch, dtype or spec.dtype))] = (core_name, numbers)
+        pieces = _pieces(files, spec, getattr(torch, dtype or spec.dtype))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{source}: {error}") from error
 
-        def tensor_of(piece: Piece) -> Tensor:
-            with _opened(files) as stored:
-                return mapping.read_shard(*made[piece], piece.shape, spec, 1, 0, stored).to(piece.dtype)
+    def tensor_of(piece: Piece) -> Tensor:
+        with _opened(files) as stored:
+            return mapping.read_shard(*pieces[piece], piece.shape, spec, 1, 0, stored).to(piece.dtype)
 
-        partial = _start(folder)
-        write(partial, list(made), tensor_of)
+    with _started(folder, sum(prod(piece.shape) * piece.dtype.itemsize for piece in pieces)) as partial:
+        write(partial, list(pieces), tensor_of)
         write_companions(source, partial, dtype)
         finish_alone(partial, folder)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{source} cannot be written as {folder}: {error}") from error
-    finally:
-        shutil.rmtree(_partial(folder), ignore_errors=True)
+
+
+def _pieces(files: dict[str, Path], spec: ModelSpec, dtype: torch.dtype) -> dict[Piece, tuple[str, dict[str, int]]]:
+    """What is written, and of which parameter it is."""
+    pieces = {}
+    for core_name, numbers in mapping.parameters(spec):
+        with _opened(files) as stored:
+            shapes = [tuple(stored(name.format(**numbers)).get_shape()) for name in spec.weights[core_name][1]]
+        place, places = _place(numbers, spec)
+        pieces[Piece(stored_name(core_name), place, places, (sum(part[0] for part in shapes), *shapes[0][1:]), dtype)] = (core_name, numbers)
+    return pieces
 
 
 def core_to_hf(source: Path, folder: Path, model: Path, dtype: str | None = None, max_file_bytes: int = MAX_FILE_BYTES) -> None:
@@ -76,15 +79,10 @@ def core_to_hf(source: Path, folder: Path, model: Path, dtype: str | None = None
         rows = min(spec.vocab_size, shape[0]) if spec.weights[core_name][0] == "vocab" else None  # the rest are no words
         entries += [Entry(name, part, to) for name, part in mapping.hf_shapes(core_name, numbers, shape[len(place) :], spec)]
         sources.append((core_name, numbers, key, place, rows))
-    partial = _start(folder)
-    try:
+    with _started(folder, sum(entry.num_bytes for entry in entries)) as partial:
         write_companions(model, partial, dtype)
         write_files(partial, entries, _tensors(stored, sources, spec, to), max_file_bytes)
         put(partial, folder)
-    except OSError as error:
-        raise ValueError(f"{folder} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _tensors(stored: Stored, sources: list[tuple], spec: ModelSpec, dtype: torch.dtype) -> Iterator[Tensor]:
@@ -98,7 +96,7 @@ def _tensors(stored: Stored, sources: list[tuple], spec: ModelSpec, dtype: torch
 def _opened(files: dict[str, Path]) -> Iterator[Callable[[str], Any]]:
     """Reads tensors by name. Closed for every parameter, as what has been read of an open file stays in this process' memory."""
     with ExitStack() as stack:
-        yield lambda name: stack.enter_context(safe_open(files[name], "pt")).get_slice(name)
+        yield lambda name: stack.enter_context(open_weights(files[name])).get_slice(name)
 
 
 def _place(numbers: dict[str, int], spec: ModelSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -107,18 +105,20 @@ def _place(numbers: dict[str, int], spec: ModelSpec) -> tuple[tuple[int, ...], t
     return tuple(numbers.values()), tuple(counts[name] for name in numbers)
 
 
-def _partial(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.partial")
-
-
-def _start(folder: Path) -> Path:
-    """An empty folder, which gets its name when it is complete."""
+@contextmanager
+def _started(folder: Path, num_bytes: int) -> Iterator[Path]:
+    """An empty folder for so many bytes of weights, which is to get its name when it is complete."""
     if folder.exists():
         raise ValueError(f"{folder} exists already; remove it or write to another folder")
-    partial = _partial(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
+        free = shutil.disk_usage(partial).free
+        if free < num_bytes:
+            raise ValueError(f"{folder} needs {num_bytes / 1e9:.3f} GB, {free / 1e9:.3f} GB are free; free space or write to another disk")
+        yield partial
     except OSError as error:
         raise ValueError(f"{folder} cannot be written: {error}") from error
-    return partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

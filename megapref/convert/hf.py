@@ -61,13 +61,15 @@ def load_hf(chunks: list[Module], spec: ModelSpec, folder: str | Path) -> None:
     Errors: ValueError naming tensors that are missing, not known, or of another shape than config.json says.
     """
     if checkpoint.is_checkpoint(Path(folder)):
+        if any(hasattr(parameter, "_high_precision_init_val") for chunk in chunks for parameter in chunk.parameters()):  # see set_weight
+            raise ValueError(f"{folder}: precision.fp8_weights=true starts from Hugging Face folders only; make one with core-to-hf, or use false")
         checkpoint.load_weights(chunks, Path(folder))
         return
     error = None
     try:
         files = tensor_files(Path(folder), spec)
         with ExitStack() as stack:
-            opened = {file: stack.enter_context(safe_open(file, "pt")) for file in set(files.values())}
+            opened = {file: stack.enter_context(open_weights(file)) for file in set(files.values())}
             _fill(chunks, spec, {name: opened[file] for name, file in files.items()})
     except (ValueError, OSError, SafetensorError) as caught:
         error = ValueError(f"{folder}: {caught}")
@@ -137,7 +139,7 @@ def tensor_files(folder: Path, spec: ModelSpec) -> dict[str, Path]:
     if index.is_file():
         files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
     elif (folder / "model.safetensors").is_file():
-        with safe_open(folder / "model.safetensors", "pt") as file:
+        with open_weights(folder / "model.safetensors") as file:
             files = dict.fromkeys(file.keys(), folder / "model.safetensors")
     else:
         raise ValueError("has neither model.safetensors nor model.safetensors.index.json; save the weights as safetensors")
@@ -149,12 +151,22 @@ def tensor_files(folder: Path, spec: ModelSpec) -> dict[str, Path]:
         raise ValueError(f"lacks {_some(missing)} that a {spec.family} model of this config.json has")
     if unknown := set(files) - wanted - harmless:
         raise ValueError(f"has {_some(unknown)} that a {spec.family} model of this config.json does not have")
+    if absent := {files[name].name for name in wanted if not files[name].is_file()}:
+        raise ValueError(f"lacks {_some(absent, 'files')} that {index.name} names; was it copied or downloaded in full?")
     return {name: files[name] for name in wanted}
 
 
-def _some(names: set[str]) -> str:
+def open_weights(file: Path) -> safe_open:
+    """A safetensors file. ValueError when it is not one, or not all of one."""
+    try:
+        return safe_open(file, "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is no whole safetensors file: {error}") from error
+
+
+def _some(names: set[str], what: str = "tensors") -> str:
     listed = sorted(names)
-    return f"{len(listed)} tensors ({', '.join(listed[:5])}{', ...' if len(listed) > 5 else ''})"
+    return f"{len(listed)} {what} ({', '.join(listed[:5])}{', ...' if len(listed) > 5 else ''})"
 
 
 def _fill(chunks: list[Module], spec: ModelSpec, files: dict[str, safe_open]) -> None:

@@ -32,10 +32,15 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def load_checkpoint(state: TrainState, path: Path) -> dict:
-    """Loads a checkpoint, saved at any layout, into `state` and returns its `extra`. ValueError when a file is missing or changed."""
+    """Loads a checkpoint, saved at any layout, into `state` and returns its `extra`.
+
+    ValueError when a file is missing or changed, or it is a converted model.
+    """
     problem = verify(path)
     if problem:
         raise ValueError(f"checkpoint {path} is not usable: {problem}; run.resume takes the folder of one, such as checkpoints/step_000010")
+    if not (path / "state.json").is_file():
+        raise ValueError(f"{path} is a converted model, which has no state of a run to go on with; start a new one from it: model.path={path}")
     saved = json.loads((path / "state.json").read_text())
     if state.moving_reference and not saved["has_reference"]:
         raise ValueError(f"checkpoint {path} has no reference of its own, which reference.sync_steps needs; resume with reference.sync_steps=0")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader, FileSystemWriter, save
+from torch.distributed.checkpoint import CheckpointException, DefaultSavePlanner, FileSystemReader, FileSystemWriter, save
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties, TensorStorageMetadata
@@ -47,16 +48,23 @@ def stored_name(name: str) -> str:
 
 
 def write(folder: Path, pieces: list[Piece], tensor_of: Callable[[Piece], Tensor]) -> None:
-    """Writes a checkpoint's files into an empty folder; `tensor_of` is asked for one piece at a time."""
-    save({}, storage_writer=_Writer(folder), planner=_Planner(pieces, tensor_of), no_dist=True)
+    """Writes a checkpoint's files into an empty folder; `tensor_of` is asked for one piece at a time. OSError when they cannot be written."""
+    try:
+        save({}, storage_writer=_Writer(folder), planner=_Planner(pieces, tensor_of), no_dist=True)
+    except CheckpointException as caught:  # a BaseException; its text has a traceback
+        ((failure, _),) = caught.failures.values()
+        raise (OSError(str(failure)) if isinstance(failure, RuntimeError) else failure) from caught  # torch.save raises a RuntimeError
     (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
 
 
 class Stored:
-    """A checkpoint's tensors. `tensors` maps Core's names to shape and type."""
+    """A checkpoint's tensors. `tensors` maps Core's names to shape and type. ValueError when the list of them cannot be read."""
 
     def __init__(self, folder: Path):
-        self.folder, self.metadata = folder, FileSystemReader(folder).read_metadata()
+        try:
+            self.folder, self.metadata = folder, FileSystemReader(folder).read_metadata()
+        except (OSError, EOFError, pickle.UnpicklingError, AttributeError, ImportError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{folder / '.metadata'} cannot be read: {type(error).__name__}: {error}") from error
         entries = {key: entry for key, entry in self.metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)}
         self.tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             key: (tuple(entry.size), entry.properties.dtype) for key, entry in entries.items()

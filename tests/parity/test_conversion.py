@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import resource
+import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,7 @@ from tiny_runs import make_inputs, numbers, options, run_training
 ROOT = Path(__file__).parents[2]
 EVERY_KIND = ["qwen2_tied", "mixtral", "gemma3", "gpt_neox", "phi3", "olmo2"]  # of weights, norms and names
 LAYOUTS = [{}, {"tensor": 2, "sequence": True}, {"pipeline": 2}]
+EXPERTS = {"expert": 2}
 
 
 def convert(*arguments) -> int:
@@ -69,17 +73,17 @@ def test_there_and_back_keeps_the_bits_and_every_layout_loads_them(name, tmp_pat
     assert convert("hf-to-core", source, tmp_path / "core") == 0
     assert convert("core-to-hf", tmp_path / "core", tmp_path / "back") == 0
     assert same_bits(source, tmp_path / "back")
-    for number, layout in enumerate(LAYOUTS):
-        run_distributed(load_and_export, layout.get("tensor", 1) * layout.get("pipeline", 1), tmp_path / "core", layout, tmp_path / str(number))
+    for number, layout in enumerate([*LAYOUTS, EXPERTS] if name == "mixtral" else LAYOUTS):
+        run_distributed(load_and_export, max(layout.values(), default=1), tmp_path / "core", layout, tmp_path / str(number))
         assert same_bits(source, tmp_path / str(number)), layout
 
 
 @pytest.mark.parametrize("name", ["gemma2", "olmo2", "mixtral"])
 def test_a_runs_checkpoint_of_any_layout_becomes_a_folder(name, tmp_path):
     source = tiny_models.make_checkpoint(tmp_path / "in", name)
-    for number, layout in enumerate(LAYOUTS):
+    for number, layout in enumerate([*LAYOUTS, EXPERTS] if name == "mixtral" else LAYOUTS):
         steps = tmp_path / f"steps{number}"
-        run_distributed(save_step, layout.get("tensor", 1) * layout.get("pipeline", 1), source, layout, steps)
+        run_distributed(save_step, max(layout.values(), default=1), source, layout, steps)
         assert convert("core-to-hf", steps / "step_000000", tmp_path / f"out{number}", "--model", source) == 0
         assert same_bits(source, tmp_path / f"out{number}"), layout
 
@@ -97,6 +101,8 @@ def test_a_run_from_a_converted_model_is_the_run_from_its_source(tmp_path):
     assert numbers(tmp_path / "converted") == numbers(tmp_path / "hf")
     exported = tmp_path / "converted" / "hf"
     assert same_bits(tmp_path / "hf" / "hf", exported) and (exported / "tokenizer.json").is_file()
+    [error] = run_distributed(run_training, 1, options(inputs, tmp_path / "resumed", "offline", run={"resume": core}))
+    assert f"{core} is a converted model, which has no state of a run to go on with" in error
     step = next((tmp_path / "converted" / "checkpoints").iterdir())
     assert convert("core-to-hf", step, tmp_path / "again") == 0  # the run's config.yaml says what it started from
     assert same_bits(exported, tmp_path / "again") and (tmp_path / "again" / "tokenizer.json").is_file()
@@ -153,30 +159,38 @@ def test_verify_tells_equal_from_different_models(tmp_path):
     assert run_distributed(convert, 1, "verify", source, "--tokens", 100) == [0]
 
 
-def test_inspect_shows_both_kinds_and_finds_flipped_bytes(tmp_path, capsys):
+def test_inspect_shows_both_kinds_and_finds_flipped_bytes(tmp_path, capfd):
     source = tiny_models.make_checkpoint(tmp_path / "in", "mixtral")
     assert convert("inspect", source) == 0
-    text = capsys.readouterr().out
+    text = capfd.readouterr().out
     assert "MixtralForCausalLM: 2 layers" in text and "4 experts" in text and "131 x 32" in text and "checksums: none" in text
     assert convert("hf-to-core", source, tmp_path / "core") == convert("inspect", tmp_path / "core") == 0
-    text = capsys.readouterr().out
+    text = capfd.readouterr().out
     assert "decoder.layers.mlp.experts.experts.linear_fc1.weight" in text and "2 x 4 x 96 x 32" in text
     assert "checksums: all files are as they were written" in text
     data = bytearray((tmp_path / "core" / "__0_0.distcp").read_bytes())
     data[len(data) // 2] ^= 1
     (tmp_path / "core" / "__0_0.distcp").write_bytes(data)
     assert convert("inspect", tmp_path / "core") == 1
-    assert "checksums: __0_0.distcp is not what was saved" in capsys.readouterr().out
+    assert "checksums: __0_0.distcp is not what was saved" in capfd.readouterr().out
     assert convert("core-to-hf", tmp_path / "core", tmp_path / "back") == 2
-    assert "__0_0.distcp is not what was saved" in capsys.readouterr().err and not (tmp_path / "back").exists()
+    assert "__0_0.distcp is not what was saved" in capfd.readouterr().err and not (tmp_path / "back").exists()
+    (tmp_path / "core" / ".metadata").write_bytes(b"")
+    assert convert("inspect", tmp_path / "core") == 2
+    assert ".metadata cannot be read: EOFError" in capfd.readouterr().err
 
 
-def test_what_cannot_be_converted_is_named_and_leaves_nothing(tmp_path, capsys):
+def test_what_cannot_be_converted_is_named_and_leaves_nothing(tmp_path, capfd):
     source = tiny_models.make_checkpoint(tmp_path / "in", "qwen2")
     other = tiny_models.make_checkpoint(tmp_path / "other", "qwen2", num_hidden_layers=3)
     assert convert("hf-to-core", source, tmp_path / "core") == 0
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
+    bare, cut = (Path(shutil.copytree(source, tmp_path / name)) for name in ("bare", "cut"))
+    (bare / "model.safetensors").unlink()
+    os.truncate(cut / "model.safetensors", 9000)
+    partial = tiny_models.make_checkpoint(tmp_path / "partial", "qwen2", max_shard_size="20KB")
+    next(partial.glob("model-00002-*")).unlink()
     yarn = tmp_path / "yarn"
     yarn.mkdir()
     rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
@@ -186,14 +200,47 @@ def test_what_cannot_be_converted_is_named_and_leaves_nothing(tmp_path, capsys):
         (("hf-to-core", source, tmp_path / "file" / "out"), "cannot be written"),
         (("hf-to-core", yarn, tmp_path / "out"), "rope_type='yarn' is not supported; supported: default, linear, llama3"),
         (("hf-to-core", tmp_path / "empty", tmp_path / "out"), "has no config.json"),
-        (("core-to-hf", tmp_path / "empty", tmp_path / "out"), "--model"),
-        (("core-to-hf", tmp_path / "empty", tmp_path / "out", "--model", source), "is not usable"),
+        (("hf-to-core", bare, tmp_path / "out"), f"{bare}: has neither model.safetensors nor"),
+        (("hf-to-core", partial, tmp_path / "out"), "lacks 1 files (model-00002-of-"),
+        (("hf-to-core", cut, tmp_path / "out"), "cut/model.safetensors is no whole safetensors file"),
+        (("core-to-hf", tmp_path / "empty", tmp_path / "out"), "is no checkpoint"),
         (("core-to-hf", tmp_path / "core", tmp_path / "out", "--model", other), "is of another model than"),
         (("inspect", tmp_path / "empty"), "neither safetensors files nor"),
         (("verify", tmp_path / "core"), "--model"),
     ):
         assert convert(*arguments) == 2, arguments
-        assert part in capsys.readouterr().err, arguments
+        assert part in capfd.readouterr().err, arguments
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+    in_fp8 = torch.nn.Linear(1, 1)
+    in_fp8.weight._high_precision_init_val = torch.zeros(1, 1)
+    from megapref.convert.hf import load_hf
+
+    with pytest.raises(ValueError, match="fp8_weights=true starts from Hugging Face folders only"):
+        load_hf([in_fp8], None, tmp_path / "core")
+
+
+@contextmanager
+def files_of_at_most(num_bytes: int):
+    """As on a disk that fills up while writing."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_without_space_is_told_and_nothing_is_left(tmp_path, capfd, monkeypatch):
+    source = tiny_models.make_checkpoint(tmp_path / "in", "qwen2")
+    assert convert("hf-to-core", source, tmp_path / "core") == 0
+    for command in (("hf-to-core", source), ("core-to-hf", tmp_path / "core")):
+        with files_of_at_most(20_000):
+            assert convert(*command, tmp_path / "out") == 2
+        assert "out cannot be written: " in capfd.readouterr().err
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+            assert convert(*command, tmp_path / "out") == 2
+        assert "GB, 0.000 GB are free" in capfd.readouterr().err
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
 
 
