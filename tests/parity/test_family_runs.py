@@ -12,12 +12,21 @@ from tiny_models import make_checkpoint
 NAMES = ["mistral_window", "qwen2_window", "mixtral", "qwen3_moe", "qwen3_moe_unnormalised", "gemma", "gemma2", "gemma3"]
 NAMES += ["gpt_neox", "gpt_neox_sequential", "phi3", "olmo2"]
 LAYOUTS = [{}, {"tensor": 2, "sequence": True}, {"pipeline": 2}]
+# Families that differ in attention, in the order of a layer, and in norms that span tensor-parallel ranks.
+DEEP = ["gemma2", "gpt_neox", "phi3", "olmo2"]
+DEEP_LAYOUTS = [{"context": 2}, {"pipeline": 2, "virtual_pipeline": 2}]
+SAMPLED_IN = [({"pipeline": 2, "virtual_pipeline": 2}, [1]), ({"tensor": 2, "sequence": True, "context": 2}, [1, 2])]
 NEW_TOKENS = 12
 
 
 @pytest.fixture(scope="module", params=NAMES)
 def checkpoint(request, tmp_path_factory):
     return str(make_checkpoint(tmp_path_factory.mktemp(request.param), request.param))
+
+
+@pytest.fixture(scope="module", params=DEEP)
+def deep_checkpoint(request, tmp_path_factory):
+    return str(make_checkpoint(tmp_path_factory.mktemp(request.param), request.param, num_hidden_layers=4))
 
 
 def prompts() -> list[list[int]]:
@@ -55,13 +64,40 @@ def export_and_generate(folder: str, layout: dict, out: Path) -> list[list[int]]
     return engine.generate(prompts(), lambda logits, requests, positions: logits.argmax(-1), [NEW_TOKENS] * len(prompts()), -1)
 
 
-def test_packed_steps_equal_transformers(checkpoint):
-    logps_P2, loss, gradients = transformers_dpo(checkpoint, 0.1)
+def generate_on_copies(folder: str, layout: dict, tensors: list[int]) -> list[list[list[int]]]:
+    """Greedy tokens of copies of the weights in so many parts, as generation.parallel.tensor has it."""
+    from megapref.config import Config, Generation, Parallel
+    from megapref.convert.families import read_spec
+    from megapref.convert.hf import load_hf
+    from megapref.engines import make_engines
+    from megapref.mcore import setup
+    from megapref.mcore.model import build_model
+    from megapref.parallel import SamplingParallel
+
+    parallel = Parallel(**layout)
+    setup.start(parallel, 0)
+    spec = read_spec(folder)
+    chunks = build_model(spec, parallel)
+    load_hf(chunks, spec, folder)
+    made = []
+    for tensor in tensors:
+        sampling = Generation(max_new_tokens=NEW_TOKENS, kv_cache_gb=0.01, max_requests=2, parallel=SamplingParallel(tensor=tensor))
+        generate = make_engines(Config(parallel=parallel, generation=sampling), spec, 100, chunks, None, None, None)["policy"]
+        made.append(generate(prompts(), lambda logits, requests, positions: logits.argmax(-1), [NEW_TOKENS] * len(prompts()), -1))
+    return made
+
+
+def world_of(layout: dict) -> int:
+    return layout.get("tensor", 1) * layout.get("pipeline", 1) * layout.get("context", 1)
+
+
+def check_packed_steps(folder: str, layouts: list[dict]) -> None:
+    logps_P2, loss, gradients = transformers_dpo(folder, 0.1)
     norm = torch.sqrt(sum(g.double().pow(2).sum() for g in gradients.values())).item()
-    for layout in LAYOUTS:
-        world = layout.get("tensor", 1) * layout.get("pipeline", 1)
+    for layout in layouts:
+        world = world_of(layout)
         for share_prompt in (True, False) if world == 1 else (True,):
-            for result in run_distributed(packed_dpo, world, checkpoint, 0.1, 0.0, layout, share_prompt, True, 180):
+            for result in run_distributed(packed_dpo, world, folder, 0.1, 0.0, layout, share_prompt, True, 180):
                 sums, packed_loss, grad_norm, _, packed_gradients = result
                 assert packed_loss == pytest.approx(loss, rel=1e-5), layout
                 assert grad_norm == pytest.approx(norm, rel=1e-5), layout
@@ -71,10 +107,25 @@ def test_packed_steps_equal_transformers(checkpoint):
                     assert (gradient - gradients[name]).norm() <= 1e-5 * gradients[name].norm(), name
 
 
+def test_packed_steps_equal_transformers(checkpoint):
+    check_packed_steps(checkpoint, LAYOUTS)
+
+
+def test_packed_steps_equal_transformers_under_context_parallelism_and_virtual_stages(deep_checkpoint):
+    check_packed_steps(deep_checkpoint, DEEP_LAYOUTS)
+
+
+def test_copies_for_sampling_give_the_greedy_tokens_of_transformers(deep_checkpoint):
+    expected = transformers_greedy(deep_checkpoint)
+    for layout, tensors in SAMPLED_IN:
+        for made in run_distributed(generate_on_copies, world_of(layout), deep_checkpoint, layout, tensors):
+            assert made == [expected] * len(tensors), layout
+
+
 def test_greedy_tokens_are_those_of_transformers_and_export_keeps_the_bits(checkpoint, tmp_path):
     expected = transformers_greedy(checkpoint)
     for number, layout in enumerate(LAYOUTS):
-        world, out = layout.get("tensor", 1) * layout.get("pipeline", 1), tmp_path / str(number)
-        for tokens in run_distributed(export_and_generate, world, checkpoint, layout, out):
+        out = tmp_path / str(number)
+        for tokens in run_distributed(export_and_generate, world_of(layout), checkpoint, layout, out):
             assert tokens == expected, layout
         assert same_bits(Path(checkpoint), out), layout
