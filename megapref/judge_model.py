@@ -48,16 +48,19 @@ def _read(name: str):
 
 
 def _logps(cfg: Config, in_place, pairs: list[TokenPair]) -> list[tuple[float, float]]:
-    """The log-probability of each pair's two sides after its prompt, the same on every rank of the model's group."""
+    """The log-probability of each pair's two sides after its prompt, the same on every rank of the model's group; a collective of all ranks."""
     numbered = [replace(pair, extras={"number": float(i)}) for i, pair in enumerate(pairs)]  # the packs say which pairs are in them by this
-    longest = max(map(pair_tokens, pairs)) + cfg.pad_multiple - 1
+    longest = max(map(pair_tokens, pairs), default=0) + cfg.pad_multiple - 1
     multiples = {"pad_multiple": cfg.pad_multiple, "pack_multiple": cfg.parallel.pack_multiple}
     packs = pack(numbered, max_tokens=max(cfg.pack.max_tokens, longest), **multiples)[0]
+    if cfg.parallel.expert > 1:  # the shares of the pairs compute together: all need as many packs, whatever questions they have
+        nothing, missing = pack([], max_tokens=cfg.pack.max_tokens, **multiples)[0], setup.largest(len(packs)) - len(packs)
+        packs += nothing * (missing // len(nothing))
     with in_place() as chunks:
         scored = score_packs(chunks, packs)
     found: dict[int, tuple[float, float]] = {}
     for one, logps_K in zip(packs, scored, strict=True):
-        if logps_K is not None:
+        if logps_K is not None and one.num_rows:
             sums_P2 = torch.zeros(2 * one.num_rows).index_add(0, one.cell_K, logps_K.cpu()).view(-1, 2)
             found |= zip(map(int, one.extras["number"].tolist()), map(tuple, sums_P2.tolist()), strict=True)
     found = setup.from_last_stage(found)

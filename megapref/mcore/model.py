@@ -54,6 +54,8 @@ def build_model(
 
     Errors: ValueError naming the option of `parallel`, `precision` or `kernels` that does not fit the model or the machine.
     """
+    if "num_moe_experts" not in spec.transformer:  # such as a judge's model beside a mixture
+        parallel = replace(parallel, expert=1, expert_tensor=None)
     check_layout(spec, parallel, is_trained=groups is None)
     precision = precision or Precision()
     kernels = kernels or Kernels()

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
-from megapref.batch import Completion, Judge, Judgement, Prompt, Reward
+from megapref.batch import Completion, Judge, Judgement, Prompt, Reward, asks
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,8 @@ def _means_by_reward(values: list[Values], weights: dict[str, float]) -> dict[st
 
 def _ask(functions: dict[str, Callable[..., Any]], prompts: list[Prompt], *completions: list[Completion]) -> dict[str, Any]:
     """What the user's functions give, by their keys. ValueError with the line in it that raised."""
-    if not prompts:
-        return dict.fromkeys(functions, ())  # a rank without prompts: no function has to mind that
+    if not prompts and not any(map(asks, functions.values())):
+        return dict.fromkeys(functions, ())  # a rank without prompts: no function has to mind that, but those that compute with other ranks
     later = [key for key, function in functions.items() if inspect.iscoroutinefunction(function)]
     answers = {}
     for key, function in functions.items():

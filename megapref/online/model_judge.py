@@ -41,7 +41,7 @@ def prefer(
     orders = [[row and pair(*row) for row in rows] for rows in shown(prompts, first, second, swap)]
     room = local.max_positions - max(map(len, answers))
     fitting = [one for one in chain(*orders) if one and len(one.prompt_ids) <= room]
-    odds = {id(one): a - b for one, (a, b) in zip(fitting, local.logps(fitting) if fitting else (), strict=True)}
+    odds = {id(one): a - b for one, (a, b) in zip(fitting, local.logps(fitting), strict=True)}
     verdicts = [[1 / (1 + exp(-odds[id(one)])) if id(one) in odds else None for one in order] for order in orders]
     preferences, sums = of_all_orders(*verdicts)
     preferences = [0.5 if one is None else preference for one, preference in zip(orders[0], preferences, strict=True)]

@@ -46,6 +46,23 @@ def judged(inputs, parallel, params):
     return prefer(local, *pairs, model=inputs["judge"], template=inputs["template"], **params)
 
 
+def judged_in_shares(folder, inputs, parallel):
+    """The same of a mixture, asked by the first share of the pairs alone; the second has no questions."""
+    from functools import partial
+
+    from megapref.config import Config
+    from megapref.judge_model import local_model
+    from megapref.mcore import setup
+    from megapref.online.judges import ask_judge
+    from megapref.online.model_judge import prefer
+    from megapref.schema import build
+
+    cfg = build(Config, {"run": {"dir": "unused"}, "parallel": parallel, "pack": {"max_tokens": 64}, "model": {"path": inputs["model"]}}, [])
+    setup.start(cfg.parallel, 0)
+    asked = partial(prefer, local_model(cfg, None, None, [], None, folder), model=folder, template=inputs["template"])
+    return ask_judge(asked)(*(column if setup.data_parallel_rank() == 0 else [] for column in questions()[1:])).preferences
+
+
 def by_transformers(inputs, prefix="", swap=True):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(inputs["judge"]).eval(), AutoTokenizer.from_pretrained(inputs["judge"])
     a_id, b_id = (tokenizer.convert_tokens_to_ids(letter) for letter in "AB")
@@ -67,6 +84,15 @@ def test_verdicts_are_transformers_probabilities_of_the_letters(inputs, layout):
         assert judgement.preferences == pytest.approx(by_transformers(inputs), rel=1e-5)
         assert judgement.texts[2] is None and all(0 < float(p) < 1 for p in judgement.texts[0].split("\n---\n"))
         assert judgement.sums["judge/agreement"][1] == 3 and judgement.sums["judge/too_long"] == (0, 0)
+
+
+def test_ranks_that_share_experts_may_have_different_numbers_of_questions(inputs, tmp_path):
+    save_tokenizer(tmp_path, chat_template=CHATML)
+    mixture = str(make_checkpoint(tmp_path, "mixtral", vocab_size=len(AutoTokenizer.from_pretrained(tmp_path))))
+    expected = by_transformers(inputs | {"judge": mixture})
+    for folder, verdicts in ((mixture, expected), (inputs["judge"], by_transformers(inputs))):
+        first, second = run_distributed(judged_in_shares, 2, folder, inputs, {"expert": 2}, timeout=60)
+        assert first == pytest.approx(verdicts, rel=1e-5) and second == []
 
 
 def test_one_order_a_prefix_and_questions_that_are_too_long(inputs):
