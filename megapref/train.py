@@ -215,15 +215,21 @@ def _stop_after_bad_steps(cfg: Config, state: TrainState, metrics: dict[str, flo
         )
 
 
-def _check_first_update(metrics: dict[str, float]) -> None:
-    """Policy and reference are the same model before the first update: every log-ratio is 0, and DPO's loss is ln 2."""
+def _check_first_update(cfg: Config, metrics: dict[str, float]) -> str | None:
+    """Policy and reference are the same model before the first update: every log-ratio is 0, and DPO's loss is ln 2.
+
+    Returns words on the difference where precision lets the two differ.
+    """
     measured = {name: metrics[name] for name in ("rewards/chosen", "rewards/rejected", "objective/kl") if name in metrics}
     wrong = {name: value for name, value in measured.items() if not abs(value) < 1e-3}
+    if wrong and (not cfg.precision.same_rounding or cfg.reference.fp8_weights):
+        return f"before the first update policy and reference differ by {wrong}: their FP8 scales differ (precision={cfg.precision.name})"
     if wrong:
         raise ValueError(
             f"before the first update policy and reference must agree (DPO: loss ln 2 = {math.log(2):.6f}), but {wrong} with loss "
             f"{metrics['loss']:.6f}; the two were not loaded from the same weights, or a layer is not deterministic"
         )
+    return None
 
 
 def _checkpoint_to_resume(cfg: Config) -> Path | None:
