@@ -1,16 +1,18 @@
 """Runs that are killed, spoilt, resumed and finished again: bit for bit the run that was left alone, and nothing lost on the way."""
 
 import contextlib
+import importlib.util
 import io
 import json
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 from distributed_run import run_distributed, signals_of
-from tiny_runs import make_inputs, metrics_of, numbers, options, run_training, write_rows
+from tiny_runs import make_inputs, metrics_of, numbers, options, run_training, write_recipe, write_rows
 
 WORLDS = {"one process": (1, {}), "dp2": (2, {}), "tp2": (2, {"tensor": 2})}
 
@@ -213,6 +215,36 @@ def test_asked_to_stop_it_saves_after_the_step_and_resumes_exactly(inputs, whole
     same_as(run_dir, whole)
 
 
+def exit_code_when_asked(recipe: list[str]) -> int:
+    """Of launchers/train.py, which gets a signal in step 2."""
+    from megapref import signals, train
+
+    spec = importlib.util.spec_from_file_location("launch_training", Path(__file__).parents[2] / "launchers" / "train.py")
+    launcher = importlib.util.module_from_spec(spec)
+    sys.modules["launch_training"] = launcher
+    spec.loader.exec_module(launcher)
+    train_step = train.train_step
+
+    def and_get_signal(state, *args):
+        metrics = train_step(state, *args)
+        if state.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return metrics
+
+    train.train_step = and_get_signal
+    try:
+        with signals.noted():
+            return launcher.main(recipe)
+    finally:
+        train.train_step = train_step
+
+
+def test_asked_to_stop_the_launched_process_ends_with_a_code_of_its_own(inputs, tmp_path):
+    recipe = write_recipe(tmp_path / "recipe", options(inputs, tmp_path / "run", "offline"))
+    assert run_distributed(exit_code_when_asked, 1, recipe) == [85]
+    assert (tmp_path / "run" / "checkpoints" / "step_000002" / "manifest.json").exists()
+
+
 @pytest.mark.parametrize("damage", ["flipped", "cut", "missing", "manifest"])
 def test_damaged_checkpoint_is_passed_over(inputs, whole_run, tmp_path, damage):
     whole = whole_run("offline", "one process")
@@ -249,12 +281,16 @@ def what_is_said_of_flipped_bytes(path: Path) -> dict[tuple[str, int], str | Non
     return said
 
 
-def test_flipped_bytes_of_any_file_are_found(whole_run, tmp_path):
+def test_flipped_bytes_of_any_file_are_found(inputs, whole_run, tmp_path):
     path = Path(shutil.copytree(whole_run("offline", "tp2") / "checkpoints" / "step_000002", tmp_path / "step_000002"))
     (said,) = run_distributed(what_is_said_of_flipped_bytes, 1, path)
     assert {name for name, _ in said} == {"__0_0.distcp", "__1_0.distcp", ".metadata", "metadata.json", "state.json", "manifest.json"}
     assert all(problem == f"{name} is not what was saved" for (name, _), problem in said.items() if name != "manifest.json"), said
     assert all(said.values())
+    file = max(path.iterdir(), key=lambda file: file.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-1])
+    (message,) = resume(inputs, tmp_path / "run", "offline", path=path)
+    assert message.startswith(f"checkpoint {path} is not usable: {file.name} is not what was saved")
 
 
 def test_no_usable_checkpoint_is_an_error_and_nothing_is_changed(inputs, whole_run, tmp_path):
