@@ -123,7 +123,7 @@ def _survived(run_dir: Path, whole: Path, save_every: int, victim: str, place: s
     done, expected = _numbers(run_dir), _numbers(whole)
     if done != expected[: len(done)]:
         raise RuntimeError(f"{run_dir}: killed at {place}, its metrics are not those of {whole}")
-    kill = Kill(victim, place, _half_written(run_dir) != half_written, _done(run_dir), _saved(run_dir))
+    kill = Kill(victim, place, bool(_half_written(run_dir) - half_written), _done(run_dir), _saved(run_dir))
     if kill.done - kill.saved > save_every:
         raise RuntimeError(f"{run_dir}: killed at {place} after step {kill.done}, its newest checkpoint is of step {kill.saved}")
     _expect_checkpoints(run_dir)

@@ -21,7 +21,7 @@ def inputs(tmp_path_factory):
 
 
 def config(inputs, pairs: str, background: bool) -> Config:
-    groups = {"train": {"steps": 8}, "save": {"every": 2, "export": True, "background": background}, "evaluation": {"every": 4}}
+    groups = {"train": {"steps": 8}, "save": {"every": 2, "export": True, "background": background}, "evaluation": {"every": 8}}
     errors: list[str] = []
     cfg = build(Config, options(inputs, Path("unused"), pairs, **groups), errors)
     assert not errors
@@ -57,6 +57,8 @@ def test_what_is_lost_is_noticed(tmp_path):
     kill = survived("step 4, pairs > judging")
     assert kill == chaos.Kill("one process", "step 4, pairs > judging", True, 3, 2)
     assert str(kill) == "one process at step 4, pairs > judging, a checkpoint half written; 3 steps done, 2 saved"
+    left_by_another = chaos._half_written(run_dir)
+    assert not chaos._survived(run_dir, whole, 2, "one process", "step 4, training", left_by_another).writing
     assert "pairs > judging                                  1             1        1" in chaos.table([kill])
     with pytest.raises(RuntimeError, match="its metrics are not those"):
         chaos._compare(run_dir, whole)
