@@ -31,7 +31,7 @@ from megapref.metrics_file import read_metrics
 from megapref.parallel import one_process
 
 ROOT = Path(__file__).resolve().parents[1]
-COMPARED = ("loss", "grad_norm", "logps/chosen", "logps/rejected", "rewards/margins", "objective/scores", "num_pairs")
+COMPARED = ("loss", "grad_norm", "logps/chosen", "logps/rejected", "rewards/margins", "objective/scores", "num_pairs", "moe/aux_loss", "moe/load_max")
 # Relative, of values that are sums over many tokens in another order. In bf16 a weight's update may round the other way.
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
 NOISE = 1e-6  # absolute: margins before the first update are zero but for rounding

@@ -87,7 +87,7 @@ LAYOUTS = [
     {"pipeline": 2},
     {"tensor": 2, "pipeline": 2},
     {"pipeline": 2, "first_stage_layers": 1},
-    {"pipeline": 2, "virtual_pipeline": 2},
+    {"pipeline": 2, "virtual_pipeline": 2, "first_stage_layers": 2},
     {"context": 2},
     {"tensor": 2, "sequence": True, "context": 2},
     {"context": 2, "pipeline": 2, "recompute": "full"},
@@ -98,7 +98,7 @@ LAYOUTS = [
 
 @pytest.fixture(scope="module", params=["qwen2", "llama_tied"])
 def checkpoint(request, tmp_path_factory):
-    folder = make_checkpoint(tmp_path_factory.mktemp(request.param), request.param, num_hidden_layers=4)
+    folder = make_checkpoint(tmp_path_factory.mktemp(request.param), request.param, num_hidden_layers=6)
     return str(folder), {entropy: transformers_dpo(folder, 0.1, entropy) for entropy in (0.0, 0.05)}
 
 

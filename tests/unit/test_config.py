@@ -66,7 +66,8 @@ def test_shipped_recipes(name):
 @pytest.mark.parametrize("group", sorted(groups([RECIPES], Config)))
 def test_every_shipped_option_of_a_group_loads(group):
     for option in groups([RECIPES], Config)[group]:
-        cfg = load("online_dpo", [f"{group}={option}"], world_size=None)
+        any_model = ["model.path=owner/experts"] if group == "parallel" else []  # a layout of experts does not fit the demo's model
+        cfg = load("online_dpo", [f"{group}={option}", *any_model], world_size=None)
         given = yaml.safe_load((RECIPES / group / f"{option}.yaml").read_text())
         built = dataclasses.asdict(cfg)[group]
         for key, value in given.items():
