@@ -92,8 +92,8 @@ def train(cfg: Config, run: Run, log: runlog.RunLog) -> bool:
                 _stop_after_bad_steps(cfg, state, metrics)
             elif is_untrained:
                 is_untrained = False
-                if run.has_reference:
-                    _check_first_update(metrics)
+                if run.has_reference and (text := _check_first_update(cfg, metrics)):
+                    log.message(text)
             for warning in warnings:
                 log.message(f"step {state.step}: {warning}")
             run.sync_reference()
