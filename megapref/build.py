@@ -48,7 +48,7 @@ class Run:
     has_reference: bool  # that the loss compares with
     loss_of_step: Callable[[int], Loss]
     prepare: sources.Prepare
-    audit: Callable[[list, Loss], dict[str, float]]  # what precision does to pairs
+    audit: Callable[[list], dict[str, float]]  # what precision does to pairs
     sync_reference: Callable[[], None]
     source: Iterator[PairBatch]
     evaluate: sources.Evaluate
@@ -68,8 +68,7 @@ def build(cfg: Config, resume_from: Path | None) -> Run:
     is_online = cfg.method.pairs == "online"  # its evaluation, and maybe an opponent, samples from the reference
     ref = None
     if cfg.reference.mode in ("resident", "swapped") and (has_reference or is_online):
-        is_resident = cfg.reference.mode == "resident"
-        ref = reference.resident(_load_model(cfg, inputs, cfg.reference.fp8_weights)) if is_resident else reference.swapped(policy)
+        ref = _resident_reference(cfg, inputs) if cfg.reference.mode == "resident" else reference.swapped(policy)
     prepare_routers(policy, cfg.model.moe.router_aux_loss_coef, cfg.model.moe.freeze_router)
     chunks = wrap_for_training(policy, cfg.precision)
     moving = ref if cfg.reference.sync_steps else None
@@ -96,8 +95,8 @@ def build(cfg: Config, resume_from: Path | None) -> Run:
             packs = batch_wide.with_extra(packs, "kl", max(0.0, batch_wide.mean_log_ratio(chunks, others)))
         return packs, packing
 
-    def audit_pairs(rows: list, loss: Loss) -> dict[str, float]:
-        return audit(chunks, prepare(rows, loss)[0], ref if has_reference else None)
+    def audit_pairs(rows: list) -> dict[str, float]:
+        return audit(chunks, with_reference_logps(sources.packs_of(cfg, rows)[0]), ref if has_reference else None)
 
     def sync_reference() -> None:
         if moving and state.step % cfg.reference.sync_steps == 0:
@@ -159,9 +158,14 @@ def _read_inputs(cfg: Config) -> Inputs:
     return Inputs(losses, folder, spec, tokenizer, sources.load_data(cfg, tokenizer, spec.max_positions, is_of_completions(losses[0])))
 
 
-def _load_model(cfg: Config, inputs: Inputs, fp8_weights: bool | None = None) -> list[torch.nn.Module]:
-    precision = cfg.precision if fp8_weights is None else replace(cfg.precision, fp8_weights=fp8_weights)
-    chunks = build_model(inputs.spec, cfg.parallel, precision, cfg.kernels)
+@torch.no_grad()  # otherwise Transformer Engine keeps weights that are in FP8 in bf16 too, for an optimizer to start from
+def _resident_reference(cfg: Config, inputs: Inputs) -> reference.Reference:
+    precision = replace(cfg.precision, fp8_weights=cfg.reference.fp8_weights)
+    return reference.resident(_load_model(replace(cfg, precision=precision), inputs))
+
+
+def _load_model(cfg: Config, inputs: Inputs) -> list[torch.nn.Module]:
+    chunks = build_model(inputs.spec, cfg.parallel, cfg.precision, cfg.kernels)
     load_hf(chunks, inputs.spec, inputs.folder)
     return chunks
 

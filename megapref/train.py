@@ -163,7 +163,7 @@ def step(cfg: Config, run: Run, batch: PairBatch) -> dict[str, float]:
     scored = time.perf_counter()
     if cfg.precision.audit.every and (run.state.step + 1) % cfg.precision.audit.every == 0:
         with phase("audit"):
-            metrics |= run.audit(pairs[: cfg.precision.audit.pairs], loss)
+            metrics |= run.audit(pairs[: cfg.precision.audit.pairs])
         metrics["time/audit"] = time.perf_counter() - scored
     audited = time.perf_counter()
     with phase("training"):

@@ -5,6 +5,7 @@ import math
 import pytest
 from distributed_run import run_distributed
 from tiny_models import make_checkpoint
+from tiny_runs import make_inputs, metrics_of, options, run_training
 
 from megapref.config import load
 from megapref.progress import audit_warnings
@@ -84,6 +85,18 @@ def test_an_audit_is_the_difference_to_a_model_built_one_precision_higher_and_ch
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-7)
         assert found["audit/kl"] > 0 and found["audit/margin_difference"] > 0
         assert before == after
+
+
+def test_an_audited_run_logs_it_when_it_is_due_and_trains_as_any_other(tmp_path):
+    inputs, logged = make_inputs(tmp_path / "inputs"), {}
+    for every in (0, 2):
+        precision = {"dtype": "bf16", "audit": {"every": every, "pairs": 3}}
+        tree = options(inputs, tmp_path / f"audit{every}", "offline", precision=precision, train={"steps": 4}, save={"export": False})
+        assert run_distributed(run_training, 1, tree) == [""]
+        logged[every] = metrics_of(tmp_path / f"audit{every}")
+    assert [record["step"] for record in logged[2] if "audit/sign_flips" in record] == [2, 4]
+    assert not any("audit/kl" in record for record in logged[0])
+    assert [record.get("grad_norm") for record in logged[2]] == [record.get("grad_norm") for record in logged[0]]
 
 
 def test_what_an_audit_warns_of():
