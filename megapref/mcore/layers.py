@@ -24,8 +24,9 @@ from megapref.mcore.norm import Norm, ProjectionNorm
 from megapref.mcore.router import Router
 from megapref.mcore.segments import SegmentParams
 
-# Names of norms in distributed checkpoints, the same whether they are modules of their own or in a linear layer.
-_IN_CHECKPOINT = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_", "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+# Norms of their own, and how they are called in Transformer Engine's linear layers, which have the norm before them in them. Distributed checkpoints
+# have the latter names for both.
+NORMS_IN_LINEAR = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_", "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 
 
 @dataclass
@@ -163,7 +164,7 @@ def customise(layer: ModuleSpec, config: DecoderConfig, tensor_group: ProcessGro
     """Puts this package's norms, attention and layer into Core's specification of a layer, split over the ranks of `tensor_group`."""
     parts = layer.submodules
     layer.module = Layer
-    parts.sharded_state_dict_keys_map = _IN_CHECKPOINT
+    parts.sharded_state_dict_keys_map = NORMS_IN_LINEAR
     if config.te_layers:
         _customise_te(parts, config)
     else:

@@ -24,7 +24,7 @@ from megapref.config import Kernels, Parallel, Precision
 from megapref.mcore import cpu
 from megapref.mcore.attention import softcapped
 from megapref.mcore.kernels import Choice, choose, machine
-from megapref.mcore.layers import DecoderConfig, LastLayer, customise
+from megapref.mcore.layers import NORMS_IN_LINEAR, DecoderConfig, LastLayer, customise
 from megapref.mcore.norm import Norm
 from megapref.mcore.segments import SegmentParams
 
@@ -37,8 +37,6 @@ _RECOMPUTE = {
 
 # Core's names of Transformer Engine's recipes.
 _RECIPES = {"delayed": "delayed", "current": "tensorwise", "blockwise": "blockwise", "mxfp8": "mxfp8"}
-# What Transformer Engine keeps in the linear layer that follows a norm, by the name that it has in Core's local layers.
-_IN_LINEAR = {"self_attention.linear_qkv.layer_norm_": "input_layernorm.", "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm."}
 
 
 def build_model(
@@ -150,7 +148,7 @@ def named_weights(chunks: list[Module]) -> Iterator[tuple[str, dict[str, int], P
                 local = model.config.num_moe_experts // model.config.expert_model_parallel_size
                 numbers["expert"] = int(match[1] or match[6]) + local * model.expert_rank
                 name = f"{name[: match.start()]}.local_experts.{{expert}}.{match[2] or match[4]}.{match[3] or match[5]}"
-            for fused, local in _IN_LINEAR.items():
+            for local, fused in NORMS_IN_LINEAR.items():
                 name = name.replace(fused, local)
             yield name, numbers, parameter
 

@@ -25,6 +25,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.checkpoint.utils import _create_file_view
 from torch.futures import Future
 
+from megapref.mcore.layers import NORMS_IN_LINEAR
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -44,7 +46,9 @@ class Piece:
 def stored_name(name: str) -> str:
     """Core's name in a checkpoint of a parameter that ModelSpec.weights has as `name`: a layer's norms go by the product that follows."""
     name = name.replace("layers.{layer}.", "layers.").replace("experts.local_experts.{expert}.", "experts.experts.")
-    return name.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_").replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
+    for norm, in_linear in NORMS_IN_LINEAR.items():
+        name = name.replace(norm, in_linear)
+    return name
 
 
 def write(folder: Path, pieces: list[Piece], tensor_of: Callable[[Piece], Tensor]) -> None:
