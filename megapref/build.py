@@ -26,7 +26,7 @@ from megapref.data.prompts import round_start
 from megapref.engines import make_engines
 from megapref.judge_model import local_model
 from megapref.losses.combined import is_first_only, is_of_completions, parts
-from megapref.mcore import batch_wide, checkpoint, reference, setup
+from megapref.mcore import batch_wide, checkpoint, overlap, reference, setup
 from megapref.mcore.audit import audit
 from megapref.mcore.kernels import Choice, choose, machine
 from megapref.mcore.model import build_model
@@ -165,6 +165,8 @@ def _resident_reference(cfg: Config, inputs: Inputs) -> reference.Reference:
 
 
 def _load_model(cfg: Config, inputs: Inputs) -> list[torch.nn.Module]:
+    if cfg.parallel.tp_comm_overlap:
+        overlap.start(cfg.parallel, cfg.precision, cfg.pack_tokens, inputs.spec.transformer["hidden_size"])
     chunks = build_model(inputs.spec, cfg.parallel, cfg.precision, cfg.kernels)
     load_hf(chunks, inputs.spec, inputs.folder)
     return chunks

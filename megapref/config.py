@@ -236,6 +236,11 @@ class Config:
         """What the rows of a pack are padded to a multiple of, so that every rank's part suits the layout and the matrix products."""
         return self.parallel.pad_multiple * self.precision.pad_multiple
 
+    @property
+    def pack_tokens(self) -> int:
+        """The most tokens that a pack has, padding included."""
+        return self.pack.max_tokens // self.pad_multiple * self.pad_multiple
+
 
 def load(config_name: str, overrides: list[str], config_dir: str | None = None, world_size: int | None = 1) -> Config:
     """Returns the recipe `config_name` with the overrides, checked; `world_size=None` leaves the number of processes out of the check.

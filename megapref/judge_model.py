@@ -15,7 +15,7 @@ from megapref.convert.families import read_spec
 from megapref.convert.hf import find_model, load_hf
 from megapref.data.chat import load_tokenizer
 from megapref.data.packing import pack, pair_tokens
-from megapref.mcore import reference, setup
+from megapref.mcore import overlap, reference, setup
 from megapref.mcore.model import build_model
 from megapref.mcore.reference import Reference
 from megapref.mcore.step import score_packs
@@ -56,7 +56,7 @@ def _logps(cfg: Config, in_place, pairs: list[TokenPair]) -> list[tuple[float, f
     if cfg.parallel.expert > 1:  # the shares of the pairs compute together: all need as many packs, whatever questions they have
         nothing, missing = pack([], max_tokens=cfg.pack.max_tokens, **multiples)[0], setup.largest(len(packs)) - len(packs)
         packs += nothing * (missing // len(nothing))
-    with in_place() as chunks:
+    with in_place() as chunks, overlap.paused(chunks):
         scored = score_packs(chunks, packs)
     found: dict[int, tuple[float, float]] = {}
     for one, logps_K in zip(packs, scored, strict=True):

@@ -27,6 +27,7 @@ class Parallel:
     expert: Count = 1  # ranks that share the experts
     expert_tensor: Count | None = None  # ranks that share each expert; null: as many as parallel.tensor; 1: experts are whole
     sequence: bool = False  # norms and dropouts split over the tensor ranks
+    tp_comm_overlap: bool = False  # the tensor ranks' messages beside matrix products, with packs of one length (needs Transformer Engine)
     recompute: Literal["none", "selective", "full"] = "none"  # in backward, to save memory: nothing, the attention, or whole layers
     offload_layers: Annotated[int, ">= 0"] = 0  # whose activations are in CPU memory from forward to backward (needs Transformer Engine)
 

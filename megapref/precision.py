@@ -50,6 +50,11 @@ class Precision:
         return _ROWS[self.fp8]
 
     @property
+    def keeps_layers(self) -> bool:
+        """Whether some layers stay in bf16 under `fp8`."""
+        return bool(self.bf16_first_layers or self.bf16_last_layers or self.bf16_layers)
+
+    @property
     def same_rounding(self) -> bool:
         """Whether two models with the same weights give the same numbers for the same packs, whatever each has seen before."""
         return self.fp8 != "delayed"

@@ -10,6 +10,8 @@ from megapref.plugins import show
 if TYPE_CHECKING:
     from megapref.config import Config
 
+_MXFP8_ROWS = 128  # of a rank's share of a pack, a multiple of which Transformer Engine's buffers want
+
 
 def precision_rules(cfg: Config, hf_config: dict[str, Any] | None) -> Iterator[str]:
     """Yields a message for every rule that is broken; those that need the number of layers are left out where `hf_config` is None."""
@@ -31,7 +33,25 @@ def precision_rules(cfg: Config, hf_config: dict[str, Any] | None) -> Iterator[s
         )
     if cfg.reference.mode == "swapped" and p.fp8_weights:
         yield "reference.mode=swapped exchanges weights that precision.fp8_weights=true keeps in FP8; use reference.mode=resident, or false"
+    yield from _of_overlap(cfg)
     yield from _of_layers(cfg, (hf_config or {}).get("num_hidden_layers"))
+
+
+def _of_overlap(cfg: Config) -> Iterator[str]:
+    if not cfg.parallel.tp_comm_overlap:
+        return
+    p = cfg.precision
+    if not cfg.parallel.sequence:
+        yield "parallel.tp_comm_overlap=true is about what sequence parallelism sends, but parallel.sequence=false; use true, or no overlap"
+    if p.dtype == "fp32" or cfg.kernels.layers == "torch":
+        option = "precision.dtype=fp32" if p.dtype == "fp32" else "kernels.layers=torch"
+        yield f"parallel.tp_comm_overlap=true is done by Transformer Engine's layers, which {option} does not use; use precision=bf16, or no overlap"
+    each = cfg.parallel.context * cfg.parallel.tensor * _MXFP8_ROWS
+    if p.fp8 == "mxfp8" and cfg.pack_tokens % each:
+        multiple = f"a multiple of {each}, {_MXFP8_ROWS} rows for each of a pack's ranks"
+        yield f"parallel.tp_comm_overlap=true with precision.fp8=mxfp8 needs packs of {multiple}, pack.max_tokens={cfg.pack.max_tokens} is none"
+    if p.fp8 == "blockwise":
+        yield "parallel.tp_comm_overlap=true has no buffers for precision.fp8=blockwise; use precision=fp8_current, or no overlap"
 
 
 def _of_layers(cfg: Config, num_layers: int | None) -> Iterator[str]:

@@ -71,7 +71,7 @@ def load_data(cfg: Config, tokenizer: PreTrainedTokenizerBase, max_positions: in
     validation = {name: rows[: cfg.evaluation.max_prompts] for name, (rows, _) in read.items()}
     check(chain(*validation.values()))
     if cfg.data.streaming:
-        options = pair_options(cfg, _pack_tokens(cfg)) | {"unpaired": unpaired}
+        options = pair_options(cfg, cfg.pack_tokens) | {"unpaired": unpaired}
         return Data(Stream(cfg.data.train, tokenizer, options, cfg.data.shuffle_buffer, check), validation, {}, max_length)
     train, counts = load(cfg.data.train)
     check(train)
@@ -122,7 +122,7 @@ def of_epoch(cfg: Config, data: Data, losses: list[Loss], step: int) -> Loss:
 
 def mismatched_packs(cfg: Config, completions: list[TokenCompletion], max_positions: int) -> list[PackedBatch]:
     """This rank's packs of the step's completions after prompts that are not theirs."""
-    limit = min(cfg.data.max_length or max_positions, max_positions, _pack_tokens(cfg))
+    limit = min(cfg.data.max_length or max_positions, max_positions, cfg.pack_tokens)
     return packs_of(cfg, mismatched(completions, limit))[0]
 
 
@@ -135,6 +135,7 @@ def packs_of(cfg: Config, pairs: list[TokenPair] | list[TokenCompletion]) -> tup
         share_prompt=cfg.pack.share_prompt,
         pad_multiple=cfg.pad_multiple,
         pack_multiple=cfg.parallel.pack_multiple,
+        one_length=cfg.parallel.tp_comm_overlap,
     )
     return packs[setup.data_parallel_rank()], packing_stats(packs)
 
@@ -235,15 +236,11 @@ def offline_source(cfg: Config, data: Data, state: TrainState, losses: list[Loss
 
 
 def _load_prompts(cfg: Config, tokenizer: PreTrainedTokenizerBase, max_length: int, sources: list[Source]) -> tuple[Rows, dict[str, int]]:
-    return load_prompts(sources, tokenizer, **prompt_options(cfg, _pack_tokens(cfg), max_length))
+    return load_prompts(sources, tokenizer, **prompt_options(cfg, cfg.pack_tokens, max_length))
 
 
 def _load_pairs(cfg: Config, tokenizer: PreTrainedTokenizerBase, unpaired: bool, sources: list[Source]) -> tuple[Rows, dict[str, int]]:
-    return load_pairs(sources, tokenizer, **pair_options(cfg, _pack_tokens(cfg)), unpaired=unpaired)
-
-
-def _pack_tokens(cfg: Config) -> int:
-    return cfg.pack.max_tokens // cfg.pad_multiple * cfg.pad_multiple
+    return load_pairs(sources, tokenizer, **pair_options(cfg, cfg.pack_tokens), unpaired=unpaired)
 
 
 def _deal(cfg: Config, state: TrainState) -> dict:

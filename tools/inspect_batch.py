@@ -142,6 +142,7 @@ def show_packs(
         share_prompt=cfg.pack.share_prompt,
         pad_multiple=cfg.pad_multiple,
         pack_multiple=cfg.parallel.pack_multiple,
+        one_length=cfg.parallel.tp_comm_overlap,
     )
     stats, kind = packing_stats(packs), KINDS[type(rows[0])]
     saved = f", {stats['pack/tokens_saved']:.1%} of the tokens saved by sharing prompts" if kind == "pairs" else ""

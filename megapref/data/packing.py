@@ -23,10 +23,12 @@ def pack(
     share_prompt: bool = True,
     pad_multiple: int = 1,
     pack_multiple: int = 1,
+    one_length: bool = False,
 ) -> list[list[PackedBatch]]:
     """The packs of every data-parallel rank, `[num_ranks][packs]`, equally many for each, a multiple of `pack_multiple`.
 
-    A pack holds at most `max_tokens` tokens, padded to a multiple of `pad_multiple`; rows keep the step's order within a pack.
+    A pack holds at most `max_tokens` tokens, padded to a multiple of `pad_multiple`, or with `one_length` to the largest that it may have;
+    rows keep the step's order within a pack.
     With `share_prompt` a pair is `[prompt | first | second]` and the second side attends to the prompt as its prefix;
     without, it is `[prompt | first | prompt | second]`.
     ValueError: a pair that fits in no pack, a pair without prompt or first tokens, pairs with differing extras.
@@ -42,7 +44,7 @@ def pack(
     extra_keys = sorted(pairs[0].extras) if pairs else []
 
     def lay_out(group: list[int]) -> PackedBatch:
-        batch = _lay_out([pairs[i] for i in group], extra_keys, share_prompt, pad_multiple)
+        batch = _lay_out([pairs[i] for i in group], extra_keys, share_prompt, capacity if one_length else pad_multiple)
         if not unpaired:
             return batch
         return replace(batch, cell_K=batch.cell_K // 2, preference_P=None, desirable_C=torch.tensor([rows[i].desirable for i in group]).bool())
@@ -170,7 +172,7 @@ def _lay_out(pairs: list[TokenPair], extra_keys: list[str], share_prompt: bool, 
     segments = np.concatenate([segments, [[num_tokens, num_padding, num_tokens, 0]]])
     return PackedBatch(
         token_ids_T=torch.from_numpy(tokens),
-        position_ids_T=torch.from_numpy(np.concatenate([positions, np.arange(num_padding)])),
+        position_ids_T=torch.from_numpy(np.concatenate([positions, np.zeros(num_padding, dtype=np.int64)])),
         segments_S=torch.from_numpy(segments[segments[:, 1] > 0]),
         query_index_K=torch.from_numpy(query),
         target_ids_K=torch.from_numpy(tokens[target]),

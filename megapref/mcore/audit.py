@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megapref.batch import PackedBatch
-from megapref.mcore import device
+from megapref.mcore import device, overlap
 from megapref.mcore.reference import Reference, fill_reference
 from megapref.mcore.step import reduce_sums, score_packs
 
@@ -78,7 +78,8 @@ def one_precision_higher(chunks: list[torch.nn.Module]) -> Iterator[None]:
     try:
         for parameters, name, parameter in places:
             parameters[name] = exact[parameter]
-        yield
+        with overlap.paused(models):
+            yield
     finally:
         for config, fp8, pipeline_dtype in before:
             config.fp8, config.pipeline_dtype = fp8, pipeline_dtype

@@ -25,7 +25,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megapref import config, phases
-from megapref.mcore import cpu, device
+from megapref.mcore import cpu, device, overlap
 from megapref.mcore.kernels import machine, no_decoding_attention
 
 # Of a GPU's free memory, what the cache may have, and of each of a rank's weights, what Adam may still take: two moments and a copy in float32.
@@ -174,7 +174,7 @@ class Engine:
         self.model.eval()
         self.sampler.draw = draw
         completions: list[list[int] | None] = [None] * len(prompts)
-        with torch.no_grad(), cpu.core_calls():
+        with torch.no_grad(), cpu.core_calls(), overlap.paused([self.model, *filter(None, [self.opponent])]):
             engine = self._start(coefficient)
             engine.controller.set_stop_word_finished_ids_callback(ends and _ended(engine.controller, ends))
             try:

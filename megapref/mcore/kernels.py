@@ -103,6 +103,8 @@ def check_machine(cfg: Config, found: Machine) -> None:
         raise ValueError(f"optimizer.offload={cfg.optimizer.offload:g} moves state from a GPU to CPU memory: there is no GPU; use 0")
     if cfg.kernels.decoding_graphs and found.capability is None:
         raise ValueError(f"kernels.decoding_graphs={cfg.kernels.decoding_graphs} captures a GPU's work: there is no GPU; use 0")
+    if cfg.parallel.tp_comm_overlap and (missing := found.lacks("Transformer Engine")):
+        raise ValueError(f"parallel.tp_comm_overlap=true needs Transformer Engine's userbuffers: {missing}; use false")
     is_online = cfg.method.pairs == "online" and cfg.run.action == "train"
     if is_online and (missing := no_decoding_attention(found)):
         raise ValueError(f"method.pairs=online: {missing}, or use method.pairs=offline")

@@ -205,6 +205,7 @@ def _transformer_config(spec: ModelSpec, parallel: Parallel, precision: Precisio
         overlap_p2p_comm=parallel.virtual_pipeline > 1,
         batch_p2p_comm=parallel.virtual_pipeline == 1,
         sequence_parallel=parallel.sequence,
+        tp_comm_overlap=parallel.tp_comm_overlap,
         variable_seq_lengths=parallel.pipeline > 1,  # packs differ in length
         moe_token_dispatcher_type="alltoall",  # the default refuses packs that differ in length, mixture of experts or not
         pipeline_dtype=dtype,

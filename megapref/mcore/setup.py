@@ -22,7 +22,7 @@ from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megapref.config import Parallel
-from megapref.mcore import cpu, device
+from megapref.mcore import cpu, device, overlap
 from megapref.mcore.watch import Watch
 
 _TIMEOUT = timedelta(minutes=30)  # of a collective, where nobody watches
@@ -93,6 +93,7 @@ def stop() -> None:
     """Ends Core's process groups and torch.distributed."""
     for watch in _watches:
         watch.stop("talking")
+    overlap.stop()
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
     while _watches:

@@ -32,6 +32,13 @@ def test_without_transformer_engine_all_is_torch_and_says_why(found, reason):
     assert choice.fused_activation == (found.capability is not None)
 
 
+def test_overlap_without_transformer_engine_is_refused_before_anything_starts():
+    cfg = load("dpo", ["precision=bf16", "parallel=tp2sp", "parallel.tp_comm_overlap=true"], world_size=2)
+    with pytest.raises(ValueError, match=r"parallel.tp_comm_overlap=true needs Transformer Engine's userbuffers: there is no GPU; use false"):
+        check_machine(cfg, CPU)
+    check_machine(cfg, H100)
+
+
 def test_this_machine_runs_in_torch():
     assert machine().capability is None
     choice = choose(LLAMA, 1, Precision(), Kernels(), machine())

@@ -82,7 +82,7 @@ def test_sharing_the_prompt_changes_the_layout_and_no_target(pairs):
 def test_layout_of_one_pair_by_hand():
     [[batch]] = pack([TokenPair([1, 2, 3], [4, 5], [6, 7, 8], 0.25)], max_tokens=10, pad_multiple=5)
     assert batch.token_ids_T.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 0, 0]
-    assert batch.position_ids_T.tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 0, 1]
+    assert batch.position_ids_T.tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 0, 0]
     assert batch.segments_S.tolist() == [[0, 5, 0, 0], [5, 3, 0, 3], [8, 2, 8, 0]]
     assert batch.query_index_K.tolist() == [2, 3, 2, 5, 6]
     assert batch.target_ids_K.tolist() == [4, 5, 6, 7, 8]
@@ -152,6 +152,19 @@ def test_the_answer_depends_on_nothing_but_the_step():
 def test_impossible_steps_are_refused(pairs, options, message):
     with pytest.raises(ValueError, match=message):
         pack(pairs, **options)
+
+
+@settings(deadline=None, max_examples=20)
+@given(token_pairs(), st.integers(1, 3), st.sampled_from([1, 4, 16]))
+def test_packs_of_one_length_are_the_others_with_more_padding(pairs, num_ranks, pad_multiple):
+    options = {"max_tokens": 50, "num_ranks": num_ranks, "pad_multiple": pad_multiple}
+    for rank, long_rank in zip(pack(pairs, **options), pack(pairs, **options, one_length=True), strict=True):
+        for batch, long in zip(rank, long_rank, strict=True):
+            assert len(long.token_ids_T) == len(long.position_ids_T) == 50 // pad_multiple * pad_multiple
+            used = len(batch.token_ids_T) - batch.num_padding
+            assert used == len(long.token_ids_T) - long.num_padding and torch.equal(batch.token_ids_T[:used], long.token_ids_T[:used])
+            assert torch.equal(batch.query_index_K, long.query_index_K) and torch.equal(batch.cell_K, long.cell_K)
+            assert int(long.position_ids_T[used:].sum()) == 0, "the padding is longer than the model may have positions"
 
 
 @pytest.mark.parametrize("share_prompt", [True, False])

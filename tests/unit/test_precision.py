@@ -4,6 +4,8 @@ import pytest
 
 from megapref.config import load
 
+OVERLAP = ["parallel=tp2sp", "parallel.tp_comm_overlap=true"]
+
 
 @pytest.mark.parametrize("name, dtype, fp8", [
     ("fp32", "fp32", None),
@@ -34,10 +36,15 @@ def test_rows_are_padded_for_layout_and_matrix_products_together():
     (["precision.audit.every=2"], "precision.dtype=fp32 has none above it; use 0"),
     (["precision=bf16", "reference.fp8_weights=true"], "reference.fp8_weights=true needs precision.fp8 and reference.mode=resident"),
     (["precision=fp8_current", "precision.fp8_weights=true", "reference.mode=swapped"], "reference.mode=swapped exchanges weights"),
+    (["precision=bf16", "parallel.tp_comm_overlap=true", "parallel.tensor=2"], "but parallel.sequence=false; use true, or no overlap"),
+    ([*OVERLAP, "precision=fp32"], "which precision.dtype=fp32 does not use; use precision=bf16, or no overlap"),
+    ([*OVERLAP, "precision=bf16", "kernels.layers=torch"], "which kernels.layers=torch does not use"),
+    ([*OVERLAP, "precision=fp8_blockwise"], "has no buffers for precision.fp8=blockwise; use precision=fp8_current"),
+    ([*OVERLAP, "precision=mxfp8", "pack.max_tokens=4000"], "needs packs of a multiple of 256, 128 rows for each of a pack's ranks"),
     (["parallel.offload_layers=4"], "parallel.offload_layers=4 must be less than the model's 4 layers; use at most 3"),
     (["parallel.offload_layers=1", "parallel.recompute=full"], "parallel.offload_layers=1 does not go with parallel.recompute=full"),
 ])
 def test_combinations_that_are_refused(overrides, message):
     with pytest.raises(ValueError) as caught:
-        load("dpo", overrides)
+        load("dpo", overrides, world_size=None)
     assert message in str(caught.value)
