@@ -91,11 +91,14 @@ def _ended(controller: TextGenerationController, ends: Ends) -> Callable[[list[i
 
 
 class _Model(GPTInferenceWrapper):
-    """Core's wrapper of a model, computing without the device rewriting that Core's bookkeeping needs on CPU."""
+    """Core's wrapper of a model, computing without the device rewriting that Core's bookkeeping needs on CPU.
 
-    def run_one_forward_step(self, inference_input, recv_buffer_seq_len=None):
-        with cpu.plain_torch():
-            return super().run_one_forward_step(inference_input, recv_buffer_seq_len)
+    Also without torch's inference mode: what layers make then and keep, such as scales of FP8, could not be changed in training.
+    """
+
+    def _forward(self, inference_input):
+        with torch.inference_mode(False), torch.no_grad(), cpu.plain_torch():
+            return super()._forward(inference_input)
 
 
 class _Mixture(_Model):
@@ -172,6 +175,8 @@ class Engine:
         """
         was_training = self.model.training
         self.model.eval()
+        for model in filter(None, (self.model, self.opponent)):
+            model.set_is_first_microbatch()  # Transformer Engine's layers keep their weights in FP8, as they were at an earlier step
         self.sampler.draw = draw
         completions: list[list[int] | None] = [None] * len(prompts)
         with torch.no_grad(), cpu.core_calls(), overlap.paused([self.model, *filter(None, [self.opponent])]):

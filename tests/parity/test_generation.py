@@ -149,8 +149,13 @@ def generate_in_layout(folder: str, other_folder: str, layout: dict) -> dict:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5)
+    told, inference = [], []
+    model.set_is_first_microbatch = lambda: told.append(True)  # weights in FP8, which layers keep, are made anew then
+    hook = model.register_forward_hook(lambda *_: inference.append(torch.zeros(1).is_inference()))
     results["changed weights"] = engine.generate(prompts(), draw, [NEW_TOKENS] * len(prompts()), STOP)
     results["shared, changed weights"] = sharing.generate([prompts()[i] for i in twice], draw_twice, [NEW_TOKENS] * len(twice), STOP)
+    hook.remove()
+    results["told of changed weights"], results["in inference mode"] = len(told), any(inference)
     if not layout:
         results["recomputed changed"] = recomputed(model, Sampling(temperature=0.8), request_keys)
         load_hf([model], read_spec(folder), folder)
@@ -204,6 +209,11 @@ def test_a_completion_ends_where_it_is_told_to(one_process):
 def test_no_cache_outlives_a_weight_change(one_process):
     _, results = one_process
     assert results["changed weights"] == results["recomputed changed"] != results["sampled"]
+    assert results["told of changed weights"] == 2  # once in every call
+
+
+def test_what_layers_keep_may_be_changed_in_training(one_process):
+    assert not one_process[1]["in inference mode"]
 
 
 def test_a_mixture_is_one_of_logits_token_by_token(one_process):
