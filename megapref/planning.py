@@ -25,13 +25,17 @@ from megapref.sources import load_data
 ROWS_READ = 2000  # of each source, to learn how long rows are
 
 
-def plan_config(cfg: Config, num_gpus: int, gpu: Gpu, kernels: Kernels = "torch") -> Plan:
-    """The plan of the config's run. Errors: ValueError for rows, or a layout, that cannot be used."""
+def plan_config(cfg: Config, num_gpus: int, gpu: Gpu) -> Plan:
+    """The plan of the config's run, on GPUs with Transformer Engine. Errors: ValueError for rows, a layout or a type that cannot be used."""
     spec = read_model(cfg.model.path)
     data = num_gpus // (cfg.parallel.tensor * cfg.parallel.pipeline * cfg.parallel.context)
     shared = {name: getattr(cfg.parallel, name) for name in ("tensor", "pipeline", "virtual_pipeline", "context", "sequence", "recompute")}
     check_layout(spec, cfg.parallel)
-    return make_plan(spec, job_of(cfg, spec), gpu, num_gpus, kernels, obstacles(spec), asked=Layout(**shared, data=data))
+    return make_plan(spec, job_of(cfg, spec), gpu, num_gpus, _kernels(cfg), obstacles(spec), asked=Layout(**shared, data=data))
+
+
+def _kernels(cfg: Config) -> Kernels:
+    return "torch" if cfg.precision.dtype == "fp32" or "torch" in (cfg.kernels.layers, cfg.kernels.attention) else "fused"
 
 
 def read_model(path: str) -> ModelSpec:
@@ -80,6 +84,12 @@ def job_of(cfg: Config, spec: ModelSpec) -> Job:
         max_tokens=cfg.pack.max_tokens,
         share_prompt=cfg.pack.share_prompt,
         dtype=cfg.precision.dtype,
+        fp8=cfg.precision.fp8 is not None,
+        fp8_weights=cfg.precision.fp8_weights,
+        fp8_reference=cfg.reference.fp8_weights,
+        gradients=cfg.precision.gradients,
+        moments=cfg.precision.moments,
+        offload=cfg.optimizer.offload,
         reference=cfg.reference.mode if has_reference else "none",
         prompts=prompts,
         candidates=k if is_online else 0,

@@ -70,7 +70,8 @@ def job_of(options: argparse.Namespace, spec: ModelSpec) -> Job:
         pairs=spread(histogram, options.batch),
         max_tokens=options.max_tokens,
         share_prompt=not options.repeat_prompt,
-        dtype=options.dtype,
+        dtype="fp32" if options.dtype == "fp32" else "bf16",
+        fp8=options.dtype == "fp8",
         reference="none" if options.method == "sft" else options.reference,
         prompts=options.batch if is_online else 0,
         new_tokens=max(max(lengths.first, lengths.second) for lengths, _ in histogram) if is_online else 0,
@@ -111,7 +112,8 @@ def parse_layout(words: list[str], num_gpus: int) -> Layout:
 
 def _plan(options: argparse.Namespace, spec: ModelSpec, job: Job, num_gpus: int) -> Plan:
     asked = parse_layout(options.layout, num_gpus) if options.layout else None
-    return make_plan(spec, job, GPUS[options.gpu], num_gpus, options.kernels, obstacles(spec), asked)
+    kernels = options.kernels or ("torch" if options.dtype == "fp32" else "fused")
+    return make_plan(spec, job, GPUS[options.gpu], num_gpus, kernels, obstacles(spec), asked)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -128,10 +130,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=4096, help="of a pack")
     parser.add_argument("--repeat-prompt", action="store_true", help="pack.share_prompt=false")
     parser.add_argument("--reference", choices=("resident", "swapped", "cached", "free", "none"), default="resident")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--dtype", choices=("bf16", "fp8", "fp32"), default="bf16", help="fp8: a bf16 model whose layers' products are in FP8")
     parser.add_argument("--max-requests", type=int, default=256, help="completions decoded together")
     parser.add_argument("--kv-cache-gb", type=float, default=8.0, help="GiB per rank, of methods that sample")
-    parser.add_argument("--kernels", choices=("torch", "fused"), default="torch", help="fused: what Transformer Engine has; not connected yet")
+    parser.add_argument("--kernels", choices=("torch", "fused"), help="fused: Transformer Engine's, the default but for fp32")
     parser.add_argument("--layout", nargs="+", metavar="NAME=VALUE", help="a layout to look at beside the ranking")
     parser.add_argument("--top", type=int, default=8, metavar="K", help="layouts listed")
     parser.add_argument("--json", action="store_true")

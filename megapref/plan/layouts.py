@@ -73,8 +73,10 @@ def make_plan(
 ) -> Plan:
     """All layouts of the job on so many GPUs, predicted and ranked; `asked` is one of them, or another.
 
-    Errors: ValueError for a pair that fits in no pack.
+    Errors: ValueError for a pair that fits in no pack, or a GPU without the job's type.
     """
+    if job.products not in gpu.flops:
+        raise ValueError(f"{gpu.name} has no {job.products} matrix products; plan for bf16 (precision=bf16, --dtype bf16) or for another GPU")
     layouts = dict.fromkeys([*all_layouts(spec, job, num_gpus, gpu.per_node, kernels), *([asked] if asked else [])])
     packs_of = cache(lambda data, multiple: rank_packs(job, data, multiple))
     predictions = [_predict(spec, job, gpu, kernels, runnable, layout, packs_of) for layout in layouts]
@@ -143,7 +145,7 @@ def _predict(spec, job: Job, gpu: Gpu, kernels: Kernels, runnable: Runnable, lay
         memory=needs,
         time=time,
         num_packs=len(packs),
-        mfu=flops / time.total / layout.num_gpus / gpu.flops[job.dtype],
+        mfu=flops / time.total / layout.num_gpus / gpu.flops[job.products],
         fits=needs.total <= gpu.memory * USABLE_MEMORY,
         obstacle=runnable(layout),
     )

@@ -5,15 +5,15 @@ Activations follow Korthikanti et al., arXiv:2205.05198, table 2, for grouped qu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from megapref.batch import ModelSpec
-from megapref.plan.shapes import Layout, Sizes, buffer_size, num_parameters, shard_sizes, stage_layers
+from megapref.plan.shapes import Layout, Sizes, buffer_size, matrix_parameters, num_parameters, shard_sizes, stage_layers
 from megapref.plan.workload import Job, PackSizes
 
-# `torch`: the separate operations that the product runs, measured on CPU. `fused`: flash-attention over segments, one-kernel norms and
-# activations, as Transformer Engine has them; not connected yet.
+# `torch`: the separate operations that run without Transformer Engine, measured on CPU. `fused`: flash-attention over segments, one-kernel norms and
+# activations, as Transformer Engine has them; not measured.
 Kernels = Literal["torch", "fused"]
 HEAD_CHUNK = 256  # rows of logits that exist at once: forward.HEAD_CHUNK of mcore/
 KEPT_LOGITS_BYTES = 64 * 2**20  # logits of a pack up to this size are kept for backward: forward.KEPT_LOGITS_BYTES
@@ -57,12 +57,15 @@ def stage_memory(spec: ModelSpec, job: Job, layout: Layout, packs: list[PackSize
     parameters, buffer = num_parameters(spec, layout, stage), buffer_size(spec, layout, stage)
     largest_pack = max(packs, key=lambda p: p.tokens)
     is_resident = job.reference == "resident"
+    matrices = matrix_parameters(spec, layout, stage) if job.fp8 else 0
     return Memory(
         stage=stage,
-        weights=job.bytes * buffer,
-        gradients=4 * buffer,
-        optimizer=optimizer_bytes(job) * buffer // (layout.data * layout.context),
-        reference=job.bytes * parameters if is_resident else 0,
+        # Products in FP8 take a weight and its transpose in FP8; made of bf16 weights both are kept through a step.
+        weights=job.bytes * buffer + (0 if job.fp8_weights else 2 * matrices),
+        gradients=job.gradient_bytes * buffer,
+        optimizer=round((1 - job.offload) * job.optimizer_bytes * buffer / (layout.data * layout.context)),
+        # Without a backward pass there is no transpose.
+        reference=job.bytes * parameters + (1 - job.bytes if job.fp8_reference else 1) * matrices if is_resident else 0,
         tables=(1 + is_resident) * 4 * spec.max_positions * 2 * len(spec.rotary_frequencies + spec.local_rotary_frequencies),
         activations=round(stage_activations(Sizes.of(spec), job, layout, largest_pack, len(packs), kernels, stage)),
         logits=_logits(spec, job, layout, largest_pack, stage),
@@ -82,11 +85,6 @@ def cache_per_token(spec: ModelSpec, job: Job, layout: Layout) -> float:
     """Bytes of keys and values of one token on a rank."""
     m = Sizes.of(spec)
     return 2 * job.bytes * m.groups * m.width / layout.tensor * max(stage_layers(m.layers, layout.pipeline))
-
-
-def optimizer_bytes(job: Job) -> int:
-    """Bytes per parameter of its shard: Adam's two moments, and a float32 copy of what is not float32 itself."""
-    return 8 if job.dtype == "fp32" else 12
 
 
 def packs_in_flight(layout: Layout, num_packs: int, stage: int) -> float:
@@ -130,7 +128,7 @@ def final_activations(m: Sizes, job: Job, layout: Layout, pack: PackSizes, kerne
     logits = 4 * pack.trained * m.vocab / layout.tensor
     rows = pack.tokens if layout.sequence else pack.trained
     gathered = job.bytes * m.hidden * pack.trained if layout.sequence else 0
-    return _norm(m, job, layout, rows, kernels) + gathered + BYTES_PER_TRAINED * pack.trained + (
+    return _norm(m, replace(job, fp8=False), layout, rows, kernels) + gathered + BYTES_PER_TRAINED * pack.trained + (
         logits if logits <= KEPT_LOGITS_BYTES else 0
     )
 
@@ -138,23 +136,24 @@ def final_activations(m: Sizes, job: Job, layout: Layout, pack: PackSizes, kerne
 def _norm(m: Sizes, job: Job, layout: Layout, rows: float, kernels: Kernels) -> float:
     """Input, output (the next product's input) and statistics; torch's RMS norm keeps the normalised input besides."""
     copies, statistics = (3 if m.rms and kernels == "torch" else 2), (1 if m.rms else 2)
-    return (copies * job.bytes * m.hidden + 4 * statistics) * rows / (layout.tensor if layout.sequence else 1)
+    return (((copies - 1) * job.bytes + job.input_bytes) * m.hidden + 4 * statistics) * rows / (layout.tensor if layout.sequence else 1)
 
 
 def _attention(m: Sizes, job: Job, layout: Layout, pack: PackSizes, kernels: Kernels) -> float:
     query, key = m.heads * m.width / layout.tensor, m.groups * m.width / layout.tensor
     heads, groups = m.heads / layout.tensor, m.groups / layout.tensor
-    per_token = query  # the input of the output projection
+    product = job.input_bytes * query * pack.tokens  # the input of the output projection
+    per_token = 0.0
     if layout.recompute == "selective":
         per_token += query + 2 * key  # what attention starts from
-        return job.bytes * per_token * pack.tokens + _qk_norm(m, job, query, key, heads, groups, kernels) * pack.tokens
+        return product + job.bytes * per_token * pack.tokens + _qk_norm(m, job, query, key, heads, groups, kernels) * pack.tokens
     per_token += query  # queries as attention takes them
     masks = 0
     if kernels == "torch":
         per_token += query + 4 * m.width  # attention's output before it is put in order; cos and sin for queries and keys
         masks = pack.masked
     saved = job.bytes * (per_token * pack.tokens + 2 * key * pack.key_rows + masks)
-    return saved + (4 * heads + _qk_norm(m, job, query, key, heads, groups, kernels)) * pack.tokens
+    return product + saved + (4 * heads + _qk_norm(m, job, query, key, heads, groups, kernels)) * pack.tokens
 
 
 def _qk_norm(m: Sizes, job: Job, query: float, key: float, heads: float, groups: float, kernels: Kernels) -> float:
@@ -168,7 +167,7 @@ def _qk_norm(m: Sizes, job: Job, query: float, key: float, heads: float, groups:
 def _mlp(m: Sizes, job: Job, layout: Layout, rows: float, kernels: Kernels) -> float:
     """Outputs of the first product and inputs of the second; separate gating keeps the activated half, and the other one as it is multiplied."""
     copies = 2 if not m.gated else 5 if kernels == "torch" else 3
-    return job.bytes * copies * m.ffn / layout.tensor * rows
+    return ((copies - 1) * job.bytes + job.input_bytes) * m.ffn / layout.tensor * rows
 
 
 def _context_share(pack: PackSizes, context: int) -> PackSizes:

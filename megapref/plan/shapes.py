@@ -120,6 +120,13 @@ def layer_matmul_parameters(spec: ModelSpec, tensor: int) -> int:
     return sum(times[name] * _shard_size(name, kind, spec, tensor) for name, kind in names)
 
 
+def matrix_parameters(spec: ModelSpec, layout: Layout, stage: int) -> int:
+    """Of the parameters that a rank of a stage holds, those of its layers that are matrices."""
+    layers = stage_layers(spec.transformer["num_layers"], layout.pipeline)[stage]
+    names = [(name, kind) for name, (kind, _) in spec.weights.items() if "{layer}" in name and len(_whole_shape(name, spec, 1)) > 1]
+    return layers * sum(_copies(name, spec) * _shard_size(name, kind, spec, layout.tensor) for name, kind in names)
+
+
 def buffer_size(spec: ModelSpec, layout: Layout, stage: int) -> int:
     """Elements of Core's contiguous buffers of parameters, and of gradients, which the distributed optimizer shards.
 

@@ -43,10 +43,11 @@ def headline(plan: Plan) -> str:
     job = plan.job
     tokens = sum(pair.prompt + pair.first + pair.second for pair in job.pairs) / len(job.pairs)
     sampled = f", {job.new_tokens} tokens sampled per completion" if job.online else ""
+    dtype = f"{job.dtype} with FP8 products" if job.fp8 else job.dtype
     return (
-        f"{plan.spec.family}, {num_parameters(plan.spec):,} parameters, {job.dtype}, on {plan.num_gpus} x {plan.gpu.name}; "
+        f"{plan.spec.family}, {num_parameters(plan.spec):,} parameters, {dtype}, on {plan.num_gpus} x {plan.gpu.name}; "
         f"{len(job.pairs)} pairs a step of {tokens:.0f} tokens on average in packs of {job.max_tokens}{sampled}; "
-        f"reference {job.reference}; {plan.kernels} kernels{' (not connected yet)' if plan.kernels == 'fused' else ''}"
+        f"reference {job.reference}; {plan.kernels} kernels"
     )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from megapref.batch import ModelSpec
 from megapref.plan.hardware import LINK_EFFICIENCY, LINK_LATENCY, MATMUL_EFFICIENCY, MEMORY_EFFICIENCY, Gpu
 from megapref.plan.memory import Kernels, cache_bytes, cache_per_token, layer_activations
-from megapref.plan.shapes import Layout, Sizes, buffer_size, layer_matmul_parameters, num_parameters, stage_layers
+from megapref.plan.shapes import Layout, Sizes, buffer_size, layer_matmul_parameters, matrix_parameters, num_parameters, stage_layers
 from megapref.plan.workload import Job, PackSizes, total
 
 
@@ -56,7 +56,7 @@ def step_time(spec: ModelSpec, job: Job, layout: Layout, packs: list[PackSizes],
     """Of one optimizer step; `packs` are those of the heaviest data-parallel rank, all others wait for it."""
     forward = forward_pass(spec, job, layout, packs, kernels, gpu)
     backward = forward.times(2)
-    again = {"none": 0.0, "selective": attention_flops(spec, layout, total(packs)) / rate(gpu, job), "full": forward.compute}[layout.recompute]
+    again = {"none": 0.0, "selective": attention_flops(spec, layout, total(packs)) / rate(gpu, job.dtype), "full": forward.compute}[layout.recompute]
     bubble_share = (layout.pipeline - 1) / (layout.virtual_pipeline * len(packs))
     train = forward.total + backward.total + again
     tensor_again = forward.tensor if layout.recompute == "full" else 0.0
@@ -74,9 +74,9 @@ def step_time(spec: ModelSpec, job: Job, layout: Layout, packs: list[PackSizes],
     )
 
 
-def rate(gpu: Gpu, job: Job) -> float:
+def rate(gpu: Gpu, dtype: str) -> float:
     """Operations per second that large products reach."""
-    return gpu.flops[job.dtype] * MATMUL_EFFICIENCY
+    return gpu.flops[dtype] * MATMUL_EFFICIENCY
 
 
 def attention_flops(spec: ModelSpec, layout: Layout, packs: PackSizes) -> float:
@@ -86,12 +86,12 @@ def attention_flops(spec: ModelSpec, layout: Layout, packs: PackSizes) -> float:
     return layers * 4 * m.width * m.heads * packs.scores / layout.tensor / layout.context
 
 
-def forward_flops(spec: ModelSpec, layout: Layout, packs: PackSizes) -> tuple[float, float]:
-    """Operations of a rank's forward pass: (layers of the largest stage, head)."""
+def forward_flops(spec: ModelSpec, layout: Layout, packs: PackSizes) -> tuple[float, float, float]:
+    """Operations of a rank's forward pass: (matrix products and attention of the largest stage's layers, head)."""
     layers = max(stage_layers(spec.transformer["num_layers"], layout.pipeline))
     linear = 2 * layers * layer_matmul_parameters(spec, layout.tensor) * packs.tokens / layout.context
     head = 2 * spec.transformer["hidden_size"] * spec.padded_vocab_size(layout.tensor) / layout.tensor * packs.trained / layout.context
-    return linear + attention_flops(spec, layout, packs), head
+    return linear, attention_flops(spec, layout, packs), head
 
 
 def model_flops(spec: ModelSpec, packs: PackSizes) -> float:
@@ -103,9 +103,10 @@ def forward_pass(spec: ModelSpec, job: Job, layout: Layout, packs: list[PackSize
     """The stage with most layers, or the last with its head, whichever takes longer."""
     m, everything = Sizes.of(spec), total(packs)
     layers = stage_layers(m.layers, layout.pipeline)
-    stage_flops, head_flops = forward_flops(spec, layout, everything)
-    head = head_flops * 4 / 3  # the product, again in backward: four where other products are three
-    flops = max(stage_flops, stage_flops * layers[-1] / max(layers) + head)
+    linear, attention, head_flops = forward_flops(spec, layout, everything)
+    stage = linear / rate(gpu, job.products) + attention / rate(gpu, job.dtype)
+    head = head_flops * 4 / 3 / rate(gpu, job.dtype)  # the product, again in backward: four where other products are three
+    seconds = max(stage, stage * layers[-1] / max(layers) + head)
     plain = Layout(layout.tensor, sequence=layout.sequence)
     # What is saved is written once and read once; other products of small operations are left out.
     moved = 2 * max(layers) * layer_activations(m, job, plain, everything, kernels) / layout.context
@@ -116,7 +117,7 @@ def forward_pass(spec: ModelSpec, job: Job, layout: Layout, packs: list[PackSize
     sends = layout.virtual_pipeline if layout.pipeline > 1 else 0
     stride = layout.tensor * layout.context * layout.data
     return Pass(
-        compute=flops / rate(gpu, job) + moved / (gpu.bandwidth * MEMORY_EFFICIENCY),
+        compute=seconds + moved / (gpu.bandwidth * MEMORY_EFFICIENCY),
         tensor=max(layers) * per_layer,
         context=max(layers) * gather(keys, layout.context, layout.tensor * layout.context, gpu, len(packs)),
         pipeline=sends * (message / _link(stride + 1, gpu) + len(packs) * LINK_LATENCY),
@@ -143,17 +144,19 @@ def _link(span: int, gpu: Gpu) -> float:
 
 
 def _data_parallel(spec: ModelSpec, job: Job, layout: Layout, gpu: Gpu) -> float:
-    """Float32 gradients reduced and scattered, weights gathered, of the stage that holds most."""
+    """Gradients reduced and scattered, weights gathered, of the stage that holds most."""
     ranks = layout.data * layout.context
     size = max(buffer_size(spec, layout, stage) for stage in {0, layout.pipeline - 1})
-    return gather((4 + job.bytes) * size, ranks, layout.tensor * ranks, gpu, calls=2)
+    return gather((job.gradient_bytes + (1 if job.fp8_weights else job.bytes)) * size, ranks, layout.tensor * ranks, gpu, calls=2)
 
 
 def _optimizer(spec: ModelSpec, job: Job, layout: Layout, gpu: Gpu) -> float:
-    """The shard's state, gradients and weights read and written, the gradients once more for their norm."""
+    """The shard's state, gradients and weights read and written, the gradients once more for their norm; what is offloaded sends gradients
+    down and weights up over PCIe, and its step on the CPU is left out."""
     size = max(buffer_size(spec, layout, stage) for stage in {0, layout.pipeline - 1}) / (layout.data * layout.context)
-    per_element = 2 * (8 if job.dtype == "fp32" else 12) + 3 * 4 + 2 * job.bytes
-    return size * per_element / (gpu.bandwidth * MEMORY_EFFICIENCY)
+    per_element = (1 - job.offload) * (2 * job.optimizer_bytes + 2 * job.gradient_bytes + 2 * job.bytes) + job.gradient_bytes
+    sent = job.offload * (job.gradient_bytes + job.bytes)
+    return size * (per_element / (gpu.bandwidth * MEMORY_EFFICIENCY) + sent / (gpu.host * LINK_EFFICIENCY))
 
 
 def _swap(spec: ModelSpec, job: Job, layout: Layout, gpu: Gpu) -> float:
@@ -176,11 +179,12 @@ def generation_time(spec: ModelSpec, job: Job, layout: Layout, gpu: Gpu) -> floa
     slots = max(1, min(job.max_requests, int(cache_bytes(spec, job, layout) // (cache_per_token(spec, job, layout) * (prompt + job.new_tokens)))))
     rounds = math.ceil(samples / slots)
     at_once = samples / rounds
-    weights = job.bytes * num_parameters(spec) / layout.tensor
+    # In FP8 the layers' matrices are read so.
+    weights = (job.bytes * num_parameters(spec) - (matrix_parameters(spec, Layout(), 0) if job.fp8 else 0)) / layout.tensor
     keys = at_once * (prompt + job.new_tokens / 2) * cache_per_token(spec, job, layout) * layout.pipeline
     rows = job.bytes * m.hidden * at_once
     collectives = m.layers * 2 * all_reduce(rows, layout.tensor, gpu)
     messages = (layout.pipeline - 1) * (rows / _link(layout.tensor * layout.context * layout.data + 1, gpu) + LINK_LATENCY)
     token = (weights + keys) / (gpu.bandwidth * MEMORY_EFFICIENCY) + collectives + messages
-    prefill = 2 * num_parameters(spec) / layout.tensor * samples * prompt / rate(gpu, job)
+    prefill = 2 * num_parameters(spec) / layout.tensor * samples * prompt / rate(gpu, job.products)
     return turns * (rounds * job.new_tokens * token + prefill)

@@ -28,6 +28,12 @@ class Job:
     max_tokens: int = 4096  # of a pack
     share_prompt: bool = True
     dtype: Literal["fp32", "bf16"] = "bf16"
+    fp8: bool = False  # the matrix products of the layers
+    fp8_weights: bool = False  # the policy's layers have their matrices in FP8 alone
+    fp8_reference: bool = False  # the resident reference's
+    gradients: Literal["fp32", "bf16"] = "fp32"
+    moments: Literal["fp32", "bf16", "fp8"] = "fp32"
+    offload: float = 0.0  # share of the optimizer's state that is in CPU memory
     reference: Literal["resident", "swapped", "cached", "free", "none"] = "resident"
     prompts: int = 0  # that are sampled from; 0: the pairs are read from files
     candidates: int = 2  # completions of each prompt
@@ -40,6 +46,25 @@ class Job:
     def bytes(self) -> int:
         """Of one weight or activation."""
         return 4 if self.dtype == "fp32" else 2
+
+    @property
+    def input_bytes(self) -> int:
+        """Of one element of a layer's matrix product's input, as it is kept for backward."""
+        return 1 if self.fp8 else self.bytes
+
+    @property
+    def gradient_bytes(self) -> int:
+        return 4 if self.gradients == "fp32" else 2
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """Per parameter of its shard: Adam's two moments, and a float32 copy of what is not float32 itself."""
+        return 2 * {"fp32": 4, "bf16": 2, "fp8": 1}[self.moments] + (0 if self.dtype == "fp32" else 4)
+
+    @property
+    def products(self) -> Literal["fp32", "bf16", "fp8"]:
+        """The type of the layers' matrix products."""
+        return "fp8" if self.fp8 else self.dtype
 
     @property
     def online(self) -> bool:

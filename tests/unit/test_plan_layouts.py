@@ -14,7 +14,7 @@ from plan_models import LLAMA3, gpt
 from rich.console import Console
 from tiny_runs import make_inputs, options
 
-from megapref.config import Config
+from megapref.config import Config, Precision
 from megapref.convert.families import to_spec
 from megapref.plan import tables
 from megapref.plan.hardware import GPUS, LINK_EFFICIENCY, LINK_LATENCY, MEMORY_EFFICIENCY, USABLE_MEMORY, parse_machine
@@ -96,6 +96,19 @@ def test_a_step_costs_what_its_method_does():
 
     assert time_of(reference="none") == time_of(reference="cached") < time_of(reference="resident") < time_of(reference="swapped")
     assert time_of(prompts=64, new_tokens=500, kv_cache=1e9) > time_of()
+
+
+def test_fp8_speeds_up_the_layers_products_alone():
+    packs = rank_packs(JOB, 8, 1)
+    plain, fp8 = (step_time(LLAMA3["8B"], replace(JOB, fp8=on), Layout(data=8), packs, "fused", GPUS["h100"]) for on in (False, True))
+    assert plain.compute / 2 < fp8.compute < plain.compute and (fp8.data, fp8.bubble) == (plain.data, plain.bubble)
+    lean = step_time(LLAMA3["8B"], replace(JOB, fp8=True, fp8_weights=True, gradients="bf16"), Layout(data=8), packs, "fused", GPUS["h100"])
+    assert lean.data == pytest.approx((fp8.data - 2 * LINK_LATENCY) / 2 + 2 * LINK_LATENCY)  # 2 + 1 for 4 + 2 bytes
+
+
+def test_a_gpu_without_fp8_is_named():
+    with pytest.raises(ValueError, match=r"A100 SXM 80 GB has no fp8 matrix products; plan for bf16"):
+        make_plan(LLAMA3["8B"], replace(JOB, fp8=True), GPUS["a100"], 8, "fused", lambda layout: None)
 
 
 # ranking
@@ -208,7 +221,9 @@ def test_a_configs_run_is_planned_from_its_rows(inputs, tmp_path, pairs):
     assert (job.prompts > 0) == (pairs == "online") and job.reference == cfg.reference.mode
     longest = max(pair.first for pair in job.pairs)
     assert longest == cfg.generation.max_new_tokens if pairs == "online" else 0 < longest < 20
+    assert plan_config(replace(cfg, precision=Precision("bf16")), 4, GPUS["a100"]).kernels == "fused"
     plan = plan_config(cfg, 4, GPUS["a100"])
+    assert plan.kernels == "torch"
     assert plan.of_asked.layout == Layout(tensor=2, data=2) and plan.of_asked.fits
 
 

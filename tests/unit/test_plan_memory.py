@@ -84,6 +84,33 @@ def test_bytes_per_parameter_are_those_of_megatron_cores_guide(data, dtype, shar
     assert per_parameter == pytest.approx(shared + sharded / data, rel=1e-6)
 
 
+@pytest.mark.parametrize(("changes", "per_parameter"), [
+    ({}, 6 + 12),
+    ({"gradients": "bf16"}, 4 + 12),
+    ({"moments": "bf16"}, 6 + 8),
+    ({"moments": "fp8"}, 6 + 6),
+    ({"offload": 0.75}, 6 + 3),
+    ({"fp8": True, "fp8_weights": True}, 6 + 12),  # FP8 and its transpose are as many bytes as bf16
+])
+def test_types_and_offloading_change_what_a_parameter_takes(changes, per_parameter):
+    m = stage_memory(LLAMA3["8B"], Job((PairLengths(10, 10, 10),), reference="none", **changes), Layout(), [PACK], "fused", 0)
+    assert (m.weights + m.gradients + m.optimizer) / num_parameters(LLAMA3["8B"]) == pytest.approx(per_parameter, rel=1e-6)
+
+
+def test_fp8_keeps_copies_of_bf16_weights_and_smaller_inputs_of_products():
+    spec, pair = LLAMA3["8B"], (PairLengths(10, 10, 10),)
+    matrices = num_parameters(spec) - (2 * 128256 + 65) * 4096  # embedding, head, norms
+    plain, fp8, lean = (
+        stage_memory(spec, Job(pair, **changes), Layout(), [PACK], "fused", 0)
+        for changes in ({}, {"fp8": True}, {"fp8": True, "fp8_weights": True, "fp8_reference": True})
+    )
+    assert (fp8.weights - plain.weights, fp8.reference - plain.reference) == (2 * matrices, matrices)
+    assert (lean.weights - plain.weights, lean.reference - plain.reference) == (0, -matrices)
+    saved = plain.activations - fp8.activations
+    whole = 32 * (2 * 4096 + 4096 + 14336) * PACK.tokens  # a byte of each product's input: of two norms, attention, gate
+    assert saved == whole - (4096 + 14336) * (PACK.tokens - PACK.trained)  # the last MLP sees fewer rows
+
+
 # activations, against table 2 of arXiv:2205.05198, in bytes per token and hidden unit: 34 unsplit, 10 + 24 / t, 34 / t with sequence
 # parallelism, 2 with full recomputation. Two of the 34 are masks of dropout, of which preference training has none.
 
