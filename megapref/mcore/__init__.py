@@ -1,6 +1,8 @@
 """The one package that touches Megatron-Core; without a GPU, Core is made to run on CPU before anything of it is imported."""
 
+import faulthandler
 import logging
+import signal
 import warnings
 
 # What Core and torch.distributed.checkpoint say of their own insides is for their developers; cpu.py is named as the caller of what it wraps.
@@ -11,3 +13,9 @@ logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CU
 from megapref.mcore import cpu  # noqa: E402
 
 cpu.install()
+
+from megatron.core.inference.engines import dynamic_engine  # noqa: E402, F401
+
+# With its engine Core has a stack printed by every process that is asked to end; what there is to say signals.py and watch.py say.
+for number in (signal.SIGTERM, signal.SIGINT):
+    faulthandler.unregister(number)

@@ -1,3 +1,4 @@
+import faulthandler
 import os
 import signal
 import time
@@ -71,3 +72,9 @@ def test_end_of_a_job_is_asked_of_squeue(tmp_path, monkeypatch, script, said):
             signals.deadline("1m", {"SLURM_JOB_ID": "7"})
     else:
         assert signals.deadline("1m", {"SLURM_JOB_ID": "7"}) == said
+
+
+def test_core_prints_no_stacks_of_processes_that_are_asked_to_end():
+    import megapref.mcore.generation  # noqa: F401  all of Core that does
+
+    assert not any(map(faulthandler.unregister, (signal.SIGTERM, signal.SIGINT)))
