@@ -13,6 +13,7 @@ import json
 import math
 import re
 from difflib import SequenceMatcher
+from functools import cache
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -57,9 +58,7 @@ def page(run_dir: Path) -> str:
     """The page of what the folder of samples holds."""
     steps, evaluations = _tables(run_dir, "step"), _tables(run_dir, "evaluation")
     shown = [(step, _read(path)) for step, path in evaluations[:1] + evaluations[1:][-(EVALUATIONS - 1) :]]
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"cut": _cut, "score": _score}
-    return environment.get_template("completions.html").render(
+    return _template().render(
         name=run_dir.resolve().name,
         tables=[(step, _read(path)[:ROWS]) for step, path in reversed(steps[-TABLES:])],
         prompts=_by_prompt(shown),
@@ -69,6 +68,14 @@ def page(run_dir: Path) -> str:
         num_prompts=len(shown[-1][1]) if shown else 0,
         rows=ROWS,
     )
+
+
+@cache
+def _template() -> jinja2.Template:
+    """Compiled once: that takes longer than a step of a small model."""
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"cut": _cut, "score": _score}
+    return environment.get_template("completions.html")
 
 
 def _by_prompt(evaluations: list[tuple[int, list[Row]]]) -> list[dict[str, Any]]:
