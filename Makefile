@@ -10,7 +10,7 @@ demo: setup      ## set up, then train the embedded demo by online DPO on two pr
 	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/torchrun --nproc-per-node 2 launchers/train.py --config-name online_dpo
 
 test: setup      ## set up, then pass the tests
-	@.venv/bin/ruff check . && .venv/bin/python -m pytest $(PYTEST_ARGS)
+	@.venv/bin/ruff check . && .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: setup      ## style only
 	@.venv/bin/ruff check .

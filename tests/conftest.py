@@ -13,9 +13,20 @@ import torch
 
 torch.set_num_threads(1)
 
+# Many tests start processes, which import for 7 seconds, and for 20 where their bytecode is not kept.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 # Busy machines are slow at times: no test is about time.
 hypothesis.settings.register_profile("untimed", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("untimed")
 
 # Some tests kill processes: a core dump of one would be gigabytes in the current directory.
 resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+
+FOLDERS = ("end_to_end", "distributed", "parity")
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """The files that take longest come first, so that tests that run side by side come to an end together."""
+    items.sort(key=lambda item: (*FOLDERS, item.path.parent.name).index(item.path.parent.name))

@@ -1,12 +1,15 @@
 """`run_distributed(function, world_size, *args)`: runs a function on gloo ranks, in worker processes that stay up between calls.
 
-Starting a process costs seconds of imports; the workers of the largest world so far serve every later call of at most that many ranks.
+The workers of the largest world so far serve every later call of at most that many ranks. They are forked from a process that has imported what
+costs seconds to import.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
+import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -20,6 +23,9 @@ from pathlib import Path
 from typing import Any
 
 _workers: list = []  # (process, connection)
+# Ports below those that Linux gives to whoever asks for any: none is taken before it is used. Tests that run side by side have shares of them.
+_PORTS = range(10000, 20000)
+_next_port = itertools.count(os.getpid())
 
 
 def run_distributed(function: Callable[..., Any], world_size: int, *args, timeout: float = 300) -> list[Any]:
@@ -28,10 +34,7 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args, timeou
     `function` is a module-level function; inside it, `megapref.mcore.setup.start()` finds RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
     """
     _ensure_workers(world_size)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    task = pickle.dumps((sys.path, function, args, world_size, port))
+    task = pickle.dumps((sys.path, function, args, world_size, free_port()))
     for _, connection in _workers[:world_size]:
         connection.send_bytes(task)
     results: list[Any] = [None] * world_size
@@ -54,6 +57,16 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args, timeou
     return results
 
 
+def free_port() -> int:
+    """A port for ranks to meet at, that nobody else is given."""
+    number, share = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]), len(_PORTS) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    while True:
+        port = _PORTS[number * share + next(_next_port) % share]
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
+
+
 def signals_of(function: Callable[..., Any], world_size: int, *args, timeout: float = 300) -> list[int]:
     """The signal that each rank of `ends_of` died of, 0 where it ended by itself."""
     return [max(0, -code) for code, _ in ends_of(function, world_size, *args, timeout=timeout)]
@@ -62,16 +75,11 @@ def signals_of(function: Callable[..., Any], world_size: int, *args, timeout: fl
 def ends_of(function: Callable[..., Any], world_size: int, *args, timeout: float = 300, grace: float = 30) -> list[tuple[int, str]]:
     """Runs `function(*args)` on ranks in processes of their own, which may be stopped or killed: exit code and stderr of each.
 
-    They are forked from a process that has imported what is slow to import, and has done nothing else. As by a launcher, those that are left
-    `grace` seconds after the first has ended with an error are killed.
+    As by a launcher, those that are left `grace` seconds after the first has ended with an error are killed.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megapref.train"])
-    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
-        errors = [Path(folder) / str(rank) for rank in range(world_size)]
+    context = _forking()
+    with tempfile.TemporaryDirectory() as folder:
+        port, errors = free_port(), [Path(folder) / str(rank) for rank in range(world_size)]
         tasks = [(sys.path, rank, world_size, port, str(errors[rank]), function, args) for rank in range(world_size)]
         ranks = [context.Process(target=_run_rank, args=task) for task in tasks]
         for process in ranks:
@@ -96,13 +104,20 @@ def _run_rank(path: list[str], rank: int, world_size: int, port: int, error: str
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     import torch
 
-    gc.freeze()  # what is imported is never garbage: Core, which collects at every save, would copy its memory
+    gc.freeze()  # see _serve
     torch.set_num_threads(1)
     function(*args)
 
 
+def _forking() -> multiprocessing.context.BaseContext:
+    """Forks processes from one that has imported what is slow to import, and has done nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["megapref.train", "numpy.ma", "pandas", "megatron.core.models.mimo"])
+    return context
+
+
 def _ensure_workers(count: int) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = _forking()
     while len(_workers) < count:
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, len(_workers)), daemon=True)
@@ -124,6 +139,7 @@ def _serve(connection, rank: int) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1")
     import torch
 
+    gc.freeze()  # what is imported is never garbage: Core, which collects at every save, would copy its memory
     torch.set_num_threads(1)
     while True:
         try:
@@ -137,9 +153,6 @@ def _serve(connection, rank: int) -> None:
             connection.send((True, traceback.format_exc()))
         finally:
             _leave_groups()
-        if not gc.get_freeze_count():  # what the first call has imported
-            gc.collect()
-            gc.freeze()
 
 
 def _leave_groups() -> None:

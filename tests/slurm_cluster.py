@@ -16,6 +16,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from distributed_run import free_port
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 PACKAGES = ("munge", "slurmctld", "slurmd", "slurm-client")
 NODES = ("127.0.1.10", "127.0.1.11")
@@ -83,7 +85,7 @@ def cluster(folder: Path, cpus: int = 4) -> Iterator[dict[str, str]]:
     """Starts the daemons with their state in `folder` and yields the environment for sbatch and its like; stops them and their jobs at the end."""
     install()
     user, host = pwd.getpwuid(os.getuid()).pw_name, socket.gethostname().split(".")[0]
-    ports = _free_ports(1 + len(NODES))
+    ports = [free_port() for _ in range(1 + len(NODES))]
     node = "NodeName={name} NodeHostname={host} NodeAddr={name} Port={port} CPUs={cpus} CoresPerSocket={cpus} RealMemory=1000"
     nodes = "\n".join(node.format(name=name, host=host, port=port, cpus=cpus) for name, port in zip(NODES, ports[1:], strict=True))
     for path in ("munge", "state", *(f"spool-{name}" for name in NODES)):
@@ -122,14 +124,6 @@ def cluster(folder: Path, cpus: int = 4) -> Iterator[dict[str, str]]:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for free in sockets:
-            free.bind(("127.0.0.1", 0))
-        return [free.getsockname()[1] for free in sockets]
 
 
 def _wait(is_so, what: str, folder: Path, seconds: float = 60) -> None:

@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
 import sys
 import threading
 import time
@@ -54,7 +53,7 @@ def by_torchrun(recipe: list[str], processes: int) -> Start:
 
 def _process(function: Callable[..., None], *args) -> BaseProcess:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megapref.train", "numpy.ma", "megatron.core.models.mimo"])  # as Core does in its first forward pass
+    context.set_forkserver_preload(["megapref.train", "numpy.ma", "pandas", "megatron.core.models.mimo"])  # as a first step does
     launcher = context.Process(target=function, args=args)
     launcher.start()
     return launcher
@@ -69,15 +68,15 @@ def _execute(command: list[str], log: Path) -> None:
 def _launch(cfg: Config, processes: int, place: Path, log: Path) -> None:
     """Forks the ranks, and kills the others when one ends with an error, as launchers do."""
     gc.freeze()  # what is imported is never garbage: looking at it in every process would copy its memory
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    from torch.distributed import TCPStore
+
     _write_to(log)
+    meeting = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # where the ranks meet, as torchrun's agent holds it
     left, code = set(), 0
     for rank in range(processes):
         pid = os.fork()
         if pid == 0:
-            _run_rank(cfg, rank, processes, port, place)
+            _run_rank(cfg, rank, processes, meeting.port, place)
         left.add(pid)
     while left:
         pid, status = os.wait()
@@ -97,7 +96,7 @@ def _write_to(log: Path) -> None:
 
 def _run_rank(cfg: Config, rank: int, processes: int, port: int, place: Path) -> None:
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in names.items()})
+    os.environ.update({name: str(value) for name, value in names.items()} | {"TORCHELASTIC_USE_AGENT_STORE": "True"})
     code = 1
     try:
         import torch

@@ -1,7 +1,6 @@
 """The same run under mpirun and under two torchrun agents, one of which is killed and started again: bit for bit what two processes do alone."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from distributed_run import run_distributed
+from distributed_run import free_port, run_distributed
 from tiny_runs import make_inputs, numbers, options, run_training, write_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,9 +50,7 @@ def test_two_agents_one_killed_finish_after_its_restart(inputs, whole, tmp_path)
         "loss": {"function": "tiny_runs:patient_dpo", "params": {"beta": 0.5, "run_dir": str(run_dir), "step": 3}},
     }
     recipe = write_recipe(tmp_path, options(inputs, run_dir, "offline", **groups))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
 
     def agent(is_host: bool, name: str) -> subprocess.Popen:
         conf = f"is_host={is_host},join_timeout=300,last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3"
