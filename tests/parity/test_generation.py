@@ -121,31 +121,25 @@ def generate_in_layout(folder: str, other_folder: str, layout: dict) -> dict:
         out = engine.generate([prompts()[i] for i in which], draw, [NEW_TOKENS] * len(which), STOP, ends, coefficient=mixture)
         return out, engine, draw
 
-    sampled, engine, draw = run()
-    results["sampled"] = sampled
-    results["greedy"] = run(sampling=Sampling(temperature=0))[0]
-    results["one by one"] = [run([i])[0][0] for i in range(len(prompts()))]
-    results["three slots"] = run(max_requests=3)[0]
-    results["poisoned"] = run(poison=float("nan"))[0]
-    crowded, crowded_engine, _ = run(kv_cache_gb=CROWDED_GB / ranks)
-    results["evicted"], results["evictions"] = crowded, crowded_engine.engine.evicted_request_count
-    for name, options in {"": {}, ", three slots": {"max_requests": 3}, ", evicted": {"kv_cache_gb": CROWDED_GB / ranks}}.items():
-        results[f"ended{name}"] = run(ends=ends, **options)[0]
-    results["ended mixture"] = run(ends=ends, mixture=MIXTURE)[0]
-    results["mixture"] = run(mixture=MIXTURE)[0]
-    results["mixture, three slots"] = run(mixture=MIXTURE, max_requests=3)[0]
-    results["mixture, poisoned"] = run(mixture=MIXTURE, poison=float("nan"))[0]
-    results["mixture, evicted"] = run(mixture=MIXTURE, kv_cache_gb=CROWDED_GB / ranks)[0]
-    results["none of the other"], results["only the other"] = run(mixture=0.0)[0], run(mixture=1.0)[0]
-    results["again"] = engine.generate(prompts(), draw, [NEW_TOKENS] * len(prompts()), STOP)
     # Each prompt twice: what shares its prefill is the same, and nothing of it outlives the weights.
     twice = [i for i in range(len(prompts())) for _ in range(2)]
+    slots, crowd, poison, mixed = {"max_requests": 3}, {"kv_cache_gb": CROWDED_GB / ranks}, {"poison": float("nan")}, {"mixture": MIXTURE}
+    runs = {"greedy": {"sampling": Sampling(temperature=0)}, "three slots": slots, "poisoned": poison, "ended, evicted": {"ends": ends, **crowd}}
+    runs |= {"mixture": mixed, "mixture, evicted": mixed | crowd, "only the other": {"mixture": 1.0}}
+    runs |= {"shared, evicted": {"which": twice, **crowd}, "shared mixture": {"which": twice, **mixed}}
+    if not layout:
+        runs |= {"ended": {"ends": ends}, "ended, three slots": {"ends": ends, **slots}, "ended mixture": {"ends": ends, **mixed}}
+        runs |= {"mixture, three slots": mixed | slots, "mixture, poisoned": mixed | poison, "none of the other": {"mixture": 0.0}}
+        runs |= {"shared, three slots": {"which": twice, **slots}, "shared, poisoned": {"which": twice, **poison}}
+    results["sampled"], engine, draw = run()
     results["shared"], sharing, draw_twice = run(twice)
-    results["computed tokens"] = sharing.engine._prefill_tokens_computed
-    results["shared, three slots"] = run(twice, max_requests=3)[0]
-    results["shared, poisoned"] = run(twice, poison=float("nan"))[0]
-    results["shared, evicted"] = run(twice, kv_cache_gb=CROWDED_GB / ranks)[0]
-    results["shared mixture"] = run(twice, mixture=MIXTURE)[0]
+    results |= {name: run(**options)[0] for name, options in runs.items()}
+    if not layout:
+        results["one by one"] = [run([i])[0][0] for i in range(len(prompts()))]
+        results["evicted"], crowded, _ = run(**crowd)
+        results["evictions"] = crowded.engine.evicted_request_count
+        results["again"] = engine.generate(prompts(), draw, [NEW_TOKENS] * len(prompts()), STOP)
+        results["computed tokens"] = sharing.engine._prefill_tokens_computed
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5)
@@ -239,7 +233,6 @@ def test_layouts_give_the_same_tokens(one_process, layout):
     folders, expected = one_process
     world = layout.get("tensor", 1) * layout.get("pipeline", 1)
     for results in run_distributed(generate_in_layout, world, *folders, layout):
-        names = ("sampled", "greedy", "three slots", "poisoned", "ended, evicted", "mixture", "mixture, evicted", "only the other", "changed weights")
-        names += ("shared", "shared, evicted", "shared mixture", "shared, changed weights")
-        for name in names:
-            assert results[name] == expected[name], name
+        assert len(results) == 13
+        for name, tokens in results.items():
+            assert tokens == expected[name], name

@@ -41,22 +41,16 @@ def transformers_dpo(folder, beta: float, entropy: float = 0.0):
     return logps_P2.detach(), loss.item(), gradients
 
 
-def packed_dpo(folder: str, beta: float, entropy: float, layout: dict, share_prompt: bool, keep_logits: bool, max_tokens: int):
-    """The same through packs in a layout: sums of completions, sorted, where the last stage is; loss, norm of the gradient, number of packs;
-    on one process the gradients by transformers' names."""
-    from functools import partial
-    from unittest.mock import patch
-
-    from megapref import losses
+def packed_dpo(folder: str, beta: float, layout: dict, max_tokens: int, variants: list[tuple[bool, bool, float]]) -> list[tuple]:
+    """The same through packs in a layout, for each of (share_prompt, keep_logits, entropy): sums of completions, sorted, where the last stage is;
+    loss, norm of the gradient, number of packs; on one process the gradients by transformers' names."""
     from megapref.config import Optimizer, Parallel, Precision
-    from megapref.convert import mapping
     from megapref.convert.families import read_spec
     from megapref.convert.hf import load_hf
-    from megapref.data.packing import pack
-    from megapref.mcore import forward, setup
-    from megapref.mcore.model import build_model, named_weights
+    from megapref.mcore import setup
+    from megapref.mcore.model import build_model
     from megapref.mcore.optimizer import build_optimizer, wrap_for_training
-    from megapref.mcore.step import TrainState, score_packs, train_step
+    from megapref.mcore.step import TrainState
 
     parallel = Parallel(**layout)
     setup.start(parallel, 0)
@@ -64,18 +58,33 @@ def packed_dpo(folder: str, beta: float, entropy: float, layout: dict, share_pro
     chunks = build_model(spec, parallel)
     load_hf(chunks, spec, folder)
     chunks = wrap_for_training(chunks)
+    state = TrainState(chunks, build_optimizer(chunks, Optimizer(lr=0.0, clip_grad=1e9), Precision()))
+    return [_packed_step(state, spec, parallel, beta, max_tokens, *variant) for variant in variants]
+
+
+def _packed_step(state, spec, parallel, beta: float, max_tokens: int, share_prompt: bool, keep_logits: bool, entropy: float) -> tuple:
+    """At a learning rate of 0, so that the next one begins with the same weights."""
+    from functools import partial
+    from unittest.mock import patch
+
+    from megapref import losses
+    from megapref.convert import mapping
+    from megapref.data.packing import pack
+    from megapref.mcore import forward, setup
+    from megapref.mcore.model import named_weights
+    from megapref.mcore.step import score_packs, train_step
+
     multiples = {"pad_multiple": parallel.pad_multiple, "pack_multiple": parallel.pack_multiple}
     packs = pack(some_pairs(), max_tokens=max_tokens, num_ranks=setup.data_parallel_size(), share_prompt=share_prompt, **multiples)
     mine = packs[setup.data_parallel_rank()]
-    scored = zip(score_packs(chunks, mine), mine, strict=True)
+    scored = zip(score_packs(state.chunks, mine), mine, strict=True)
     sums = [torch.zeros(2 * batch.num_rows).index_add(0, batch.cell_K, logps) for logps, batch in scored if logps is not None]
-    state = TrainState(chunks, build_optimizer(chunks, Optimizer(lr=0.0, clip_grad=1e9), Precision()))
     with patch.object(forward, "KEPT_LOGITS_BYTES", forward.KEPT_LOGITS_BYTES if keep_logits else 0):
         dpo = partial(losses.dpo, beta=beta)
         with_entropy = partial(losses.combine, losses=[(dpo, 1.0)], entropy_regularization=entropy, entropy_mode="full_vocab")
         metrics = train_step(state, mine, with_entropy if entropy else dpo, lr=0.0)
     gradients = {}
-    for core_name, numbers, parameter in named_weights(chunks) if torch.distributed.get_world_size() == 1 else ():
+    for core_name, numbers, parameter in named_weights(state.chunks) if torch.distributed.get_world_size() == 1 else ():
         gradients.update(mapping.hf_tensors(core_name, numbers, [parameter.main_grad.clone()], spec))
     return torch.cat(sums).sort().values if sums else None, metrics["loss"], metrics["grad_norm"], len(packs[0]), gradients
 
@@ -102,28 +111,36 @@ def checkpoint(request, tmp_path_factory):
     return str(folder), {entropy: transformers_dpo(folder, 0.1, entropy) for entropy in (0.0, 0.05)}
 
 
-@pytest.mark.parametrize("entropy", [0.0, 0.05])
-@pytest.mark.parametrize(("share_prompt", "keep_logits"), [(True, True), (False, False)])
+VARIANTS = [(True, True, 0.0), (False, False, 0.0), (True, True, 0.05), (False, False, 0.05)]  # share_prompt, keep_logits, entropy
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_packed_step_equals_transformers(checkpoint, layout, share_prompt, keep_logits, entropy):
-    folder, (logps_P2, loss, gradients) = checkpoint[0], checkpoint[1][entropy]
+def test_packed_step_equals_transformers(checkpoint, layout):
+    folder, expected = checkpoint
     world = layout.get("tensor", 1) * layout.get("pipeline", 1) * layout.get("context", 1)
-    for result in run_distributed(packed_dpo, world, folder, 0.1, entropy, layout, share_prompt, keep_logits, 180):
-        sums, packed_loss, grad_norm, num_packs, packed_gradients = result
-        assert num_packs > 1
-        assert packed_loss == pytest.approx(loss, rel=1e-5)
-        norm = torch.sqrt(sum(g.double().pow(2).sum() for g in gradients.values())).item()
-        assert grad_norm == pytest.approx(norm, rel=1e-5)
-        if sums is not None:
-            torch.testing.assert_close(sums, logps_P2.flatten().sort().values, rtol=1e-5, atol=0)
-        assert packed_gradients.keys() == (gradients.keys() if world == 1 else set())
-        for name, gradient in packed_gradients.items():
-            assert (gradient - gradients[name]).norm() <= 1e-5 * gradients[name].norm(), name
+    for results in run_distributed(packed_dpo, world, folder, 0.1, layout, 180, VARIANTS):
+        for variant, result in zip(VARIANTS, results, strict=True):
+            check_packed_step(result, expected[variant[-1]], variant)
+            assert result[3] > 1  # packs
+            assert result[4].keys() == (expected[0.0][2].keys() if world == 1 else set())
+
+
+def check_packed_step(result: tuple, expected: tuple, what) -> None:
+    """What `packed_dpo` has measured against what `transformers_dpo` has."""
+    sums, packed_loss, grad_norm, _, packed_gradients = result
+    logps_P2, loss, gradients = expected
+    norm = torch.sqrt(sum(g.double().pow(2).sum() for g in gradients.values())).item()
+    assert packed_loss == pytest.approx(loss, rel=1e-5), what
+    assert grad_norm == pytest.approx(norm, rel=1e-5), what
+    if sums is not None:
+        torch.testing.assert_close(sums, logps_P2.flatten().sort().values, rtol=1e-5, atol=0)
+    for name, gradient in packed_gradients.items():
+        assert (gradient - gradients[name]).norm() <= 1e-5 * gradients[name].norm(), (name, what)
 
 
 def test_data_parallel_equals_one_process_whatever_the_packing(checkpoint):
     folder, (_, loss, _) = checkpoint[0], checkpoint[1][0.0]
     for world, max_tokens in ((1, 1000), (2, 180), (4, 1000)):  # the last: six pairs on four ranks
-        results = run_distributed(packed_dpo, world, folder, 0.1, 0.0, {}, True, True, max_tokens)
+        results = [result for (result,) in run_distributed(packed_dpo, world, folder, 0.1, {}, max_tokens, VARIANTS[:1])]
         assert len({(r[1], r[2]) for r in results}) == 1
         assert results[0][1] == pytest.approx(loss, rel=1e-5)
