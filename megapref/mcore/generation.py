@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from megatron.core import parallel_state
+from megatron.core import fp8_utils, parallel_state
 from megatron.core.inference.config import InferenceConfig, KVCacheManagementMode
 from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
 from megatron.core.inference.engines.dynamic_engine import DynamicInferenceEngine
@@ -20,6 +20,7 @@ from megatron.core.inference.sampling.torch_sampling import TorchSampling
 from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
 from megatron.core.transformer import attention
 from megatron.core.utils import unwrap_model
 from torch import Tensor
@@ -31,6 +32,8 @@ from megapref.mcore.kernels import machine, no_decoding_attention
 # Of a GPU's free memory, what the cache may have, and of each of a rank's weights, what Adam may still take: two moments and a copy in float32.
 _SHARE_OF_FREE = 0.8
 _ADAM_BYTES = 12
+# Rows of a forward matrix product are padded to no more than a multiple of this many; recipes that want more want it for gradients.
+_MOST_ROWS = 32
 
 Draw = Callable[[Tensor, np.ndarray, np.ndarray], Tensor]  # (logits [n, V], request numbers [n], positions [n]) -> token ids [n]
 
@@ -94,11 +97,40 @@ class _Model(GPTInferenceWrapper):
     """Core's wrapper of a model, computing without the device rewriting that Core's bookkeeping needs on CPU.
 
     Also without torch's inference mode: what layers make then and keep, such as scales of FP8, could not be changed in training.
+
+    In FP8 the layers pad their rows to what its matrix products take. Core's (0.19) own padding is there in training too, and under sequence
+    parallelism gives wrong gradients, and wrong outputs of row-parallel layers, which it sums over the ranks twice.
     """
 
+    def __init__(self, model: torch.nn.Module, context: DynamicInferenceContext):
+        super().__init__(model, context)
+        self.padding = [module for module in model.modules() if self.config.fp8 and isinstance(module, fp8_utils.TE_LINEAR_TYPES)]
+        for module in self.padding:
+            vars(module).pop("forward", None)  # Core's
+
     def _forward(self, inference_input):
-        with torch.inference_mode(False), torch.no_grad(), cpu.plain_torch():
-            return super()._forward(inference_input)
+        for module in self.padding:
+            module.forward = partial(_padded, module, min(self.config.pad_multiple, _MOST_ROWS))
+        try:
+            with torch.inference_mode(False), torch.no_grad(), cpu.plain_torch():
+                return super()._forward(inference_input)
+        finally:
+            for module in self.padding:
+                del module.forward
+
+
+def _padded(module: torch.nn.Module, multiple: int, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A linear layer's output for `rows` [n, 1, width], of which there are a multiple for the layer itself; n may be one rank's share of them."""
+    is_split, is_column = module.sequence_parallel, fp8_utils.is_column_parallel_linear(module)
+    if is_split and is_column:
+        rows = gather_from_sequence_parallel_region(rows, group=module.tp_group)
+    module.sequence_parallel = False
+    try:
+        output, bias = type(module).forward(module, torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, -len(rows) % multiple)))
+    finally:
+        module.sequence_parallel = is_split
+    output = output[: len(rows)]
+    return scatter_to_sequence_parallel_region(output, group=module.tp_group) if is_split and not is_column else output, bias
 
 
 class _Mixture(_Model):

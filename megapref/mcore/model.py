@@ -102,8 +102,12 @@ class SegmentedGPT(GPTModel):
             self.embedding.register_forward_hook(lambda module, inputs, output: output * output.new_tensor(config.embedding_scale))
         self.rotary_pos_emb = RotaryTable(spec, config)
 
-    def _preprocess(self, input_ids, position_ids, *args, packed_seq_params=None, **kwargs):
-        decoder_input, rotary, *rest = super()._preprocess(input_ids, position_ids, *args, packed_seq_params=packed_seq_params, **kwargs)
+    def _preprocess(self, input_ids, position_ids, decoder_input=None, *args, packed_seq_params=None, **kwargs):
+        if not self.pre_process and self.config.fp8:  # of which Core (0.19) would clear padding that a later stage of the pipeline has not
+            decoder_input = torch.empty(0)
+        decoder_input, rotary, *rest = super()._preprocess(
+            input_ids, position_ids, decoder_input, *args, packed_seq_params=packed_seq_params, **kwargs
+        )
         if isinstance(packed_seq_params, SegmentParams):
             rotary = self.rotary_pos_emb.table.index_select(0, position_ids[0])
         return decoder_input, rotary, *rest
@@ -156,6 +160,10 @@ def named_weights(chunks: list[Module]) -> Iterator[tuple[str, dict[str, int], P
 @torch.no_grad()
 def set_weight(parameter: Parameter, values: Tensor) -> None:
     """Puts `values` into a parameter. One that is kept in FP8 also gets them as they are, for the optimizer to start from."""
+    quantizer = getattr(parameter, "_quantizer", None)  # Transformer Engine's, of a parameter in FP8
+    if hasattr(quantizer, "amax"):  # the delayed recipe's would go on with a scale of 1, and with the largest value of memory that was not set
+        quantizer.amax.zero_()
+        quantizer.scale.copy_(torch.finfo(torch.float8_e4m3fn).max / values.abs().max().clamp(min=1e-12))
     parameter.copy_(values)
     if (exact := getattr(parameter, "_high_precision_init_val", None)) is not None:
         exact.copy_(values)

@@ -47,7 +47,7 @@ def stop() -> None:
 @contextmanager
 def paused(chunks: list[Module]) -> Iterator[None]:
     """Inside, forward passes of the chunks may have any number of rows. Nothing may be trained meanwhile."""
-    layers = [module for chunk in chunks for module in chunk.modules() if getattr(module, "ub_name", None)]
+    layers = [module for chunk in chunks for module in chunk.modules() if hasattr(module, _OF_FORWARD[0])]  # experts have a name and no flags
     before = [{name: getattr(layer, name) for name in _OF_FORWARD} for layer in layers]
     try:
         for layer in layers:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from megapref.mcore.step import TrainState
 
 # Core's format that can be loaded at another tensor, pipeline or data-parallel size.
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+_PICKLES = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 
 
 def model_entries(chunks: list[torch.nn.Module]) -> list[tuple[str, torch.nn.Module]]:
@@ -52,9 +55,27 @@ def without_missing_scales(sharded: dict, path: Path) -> dict:
 
 def load_module(module: torch.nn.Module, weights: dict) -> None:
     """Core's `load_state_dict`, which may lack such state and nothing else."""
-    problems = module.load_state_dict(weights, strict=False)
+    with _pickled_scales():
+        problems = module.load_state_dict(weights, strict=False)
     wrong = [name for name in (*problems.missing_keys, *problems.unexpected_keys) if not name.endswith("_extra_state")]
     assert not wrong, f"the checkpoint and the model differ in {wrong}"
+
+
+@contextmanager
+def _pickled_scales() -> Iterator[None]:
+    """Lets Transformer Engine (2.20) read the scales of the delayed recipe, which it saves as a pickle and by default refuses to read.
+
+    Nothing is trusted that was not before: torch reads a checkpoint's index as a pickle, too.
+    """
+    before = os.environ.get(_PICKLES)
+    os.environ[_PICKLES] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_PICKLES]
+        else:
+            os.environ[_PICKLES] = before
 
 
 @contextmanager
@@ -114,6 +135,20 @@ def adam_step_of(optimizer) -> float:
     return float(counts[0]) if counts else 0.0
 
 
+def _lacks_scales(part) -> bool:
+    """Whether Core (0.19) would put moments into Transformer Engine's Adam without a scale that fits them, which those in FP8 need."""
+    return hasattr(part.optimizer, "set_scaled_state") and not part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+
+
+def _set_scaled(part, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
+    """Puts a parameter's weights and moments in float32 into the optimizer."""
+    group, order = part.model_param_group_index_map[model_param]
+    weights = part.optimizer.param_groups[group]["params"][order]
+    weights.copy_(tensors["param"])
+    for name in part.optimizer.state[weights]:
+        part.optimizer.set_scaled_state(weights, name, tensors[name])
+
+
 def load_optimizer(optimizer, loaded: dict, adam_step: float) -> None:
     """Puts in moments and weights. The options (rate, decay, betas, ...) stay those of this run's config, which Core would replace."""
     parts = optimizer.chained_optimizers
@@ -123,6 +158,8 @@ def load_optimizer(optimizer, loaded: dict, adam_step: float) -> None:
         entries = list(part.optimizer.state.values())
         for entry in entries:
             entry.pop("step", None)  # Core (0.19) would look for it among the saved tensors
+        if _lacks_scales(part):
+            part._set_main_param_and_optimizer_states = partial(_set_scaled, part)
         part.load_parameter_state_from_fully_reshardable(content["param_state"])
         if isinstance(part.optimizer, torch.optim.AdamW):
             for entry in entries:  # one tensor each: a shared one would be advanced once per parameter

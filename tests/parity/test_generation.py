@@ -149,8 +149,8 @@ def generate_in_layout(folder: str, other_folder: str, layout: dict) -> dict:
     results["changed weights"] = engine.generate(prompts(), draw, [NEW_TOKENS] * len(prompts()), STOP)
     results["shared, changed weights"] = sharing.generate([prompts()[i] for i in twice], draw_twice, [NEW_TOKENS] * len(twice), STOP)
     hook.remove()
-    results["told of changed weights"], results["in inference mode"] = len(told), any(inference)
     if not layout:
+        results["told of changed weights"], results["in inference mode"] = len(told), any(inference)
         results["recomputed changed"] = recomputed(model, Sampling(temperature=0.8), request_keys)
         load_hf([model], read_spec(folder), folder)
         results["recomputed"] = recomputed(model, Sampling(temperature=0.8), request_keys)
@@ -158,6 +158,46 @@ def generate_in_layout(folder: str, other_folder: str, layout: dict) -> dict:
         results["recomputed other"] = recomputed(other, Sampling(temperature=0.8), request_keys)
         results["recomputed mixture"] = recomputed({model: 1 - MIXTURE, other: MIXTURE}, Sampling(temperature=0.8), request_keys)
     return results
+
+
+def generate_in_fp8(folder: str, layout: dict) -> tuple[list[list[int]], list[int]]:
+    """Greedy completions by a model that is said to be in FP8, whose layers are torch's, and the numbers of rows that they were padded to."""
+    from megatron.core import fp8_utils
+    from megatron.core.inference.model_inference_wrappers import abstract_model_inference_wrapper as wrapper
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+
+    from megapref.config import Generation
+    from megapref.inference.sampling import Sampling, sample
+    from megapref.mcore.generation import Engine
+
+    (model,) = load_models(layout, folder)
+    model.config.fp8, model.config.pad_multiple = "hybrid", 16
+    kinds = {kind: type(kind.__name__, (kind,), {}) for kind in (ColumnParallelLinear, RowParallelLinear)}
+    layers = [module for module in model.decoder.modules() if type(module) in kinds]
+    for layer in layers:
+        layer.__class__ = kinds[type(layer)]
+
+    def refused(*args):
+        raise AssertionError("Core's padding")
+
+    def prepare(model):
+        for layer in layers:
+            layer.forward = refused
+        return model
+
+    before = fp8_utils.TE_LINEAR_TYPES, wrapper.prepare_model_for_fp8_inference
+    fp8_utils.TE_LINEAR_TYPES, wrapper.prepare_model_for_fp8_inference = tuple(kinds.values()), prepare
+    padded: list[int] = []
+    pad, torch.nn.functional.pad = torch.nn.functional.pad, lambda x, widths: padded.append(len(x) + widths[-1]) or pad(x, widths)
+    try:
+        engine = Engine(model, Generation(max_new_tokens=NEW_TOKENS, kv_cache_gb=0.01), 100)
+        draw = lambda logits, requests, positions: sample(logits, None, Sampling(temperature=0))  # noqa: E731
+        completions = engine.generate(prompts()[:3], draw, [NEW_TOKENS] * 3, STOP)
+    finally:
+        torch.nn.functional.pad = pad
+        fp8_utils.TE_LINEAR_TYPES, wrapper.prepare_model_for_fp8_inference = before
+    assert not any("forward" in vars(layer) for layer in layers), "training would pad, too"
+    return completions, padded
 
 
 @pytest.fixture(scope="module")
@@ -236,3 +276,11 @@ def test_layouts_give_the_same_tokens(one_process, layout):
         assert len(results) == 13
         for name, tokens in results.items():
             assert tokens == expected[name], name
+
+
+@pytest.mark.parametrize("layout", [{"tensor": 2, "sequence": True}, {"pipeline": 2}], ids=str)
+def test_layers_in_fp8_are_given_whole_multiples_of_rows_and_change_nothing(one_process, layout):
+    folders, expected = one_process
+    for completions, padded in run_distributed(generate_in_fp8, 2, folders[0], layout):
+        assert completions == expected["greedy"][:3]
+        assert padded and not any(rows % 16 for rows in padded)

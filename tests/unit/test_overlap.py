@@ -50,7 +50,7 @@ def test_layers_are_paused_in_forward_passes_of_other_lengths_and_go_on_as_they_
     model = Sequential(Linear(2, 2), Linear(2, 2), Linear(2, 2))
     for layer, name, flags in ((model[0], "qkv", (True, False)), (model[1], "proj", (False, True))):
         layer.ub_name, layer.ub_overlap_ag_fprop, layer.ub_overlap_rs_fprop = name, *flags
-    model[2].ub_name = None  # as one of experts
+    model[2].ub_name = "fc1"  # as one of experts, which has no flags
     states = lambda: [(layer.ub_overlap_ag_fprop, layer.ub_overlap_rs_fprop) for layer in model[:2]]  # noqa: E731
     with pytest.raises(RuntimeError), overlap.paused([model]):
         assert states() == [(False, False)] * 2 and not hasattr(model[2], "ub_overlap_ag_fprop")
