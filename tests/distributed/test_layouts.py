@@ -77,7 +77,7 @@ def runs(tmp_path_factory):
         if (kind, layout) not in made:
             world, parallel = (EXPERT_LAYOUTS if "experts" in kind else LAYOUTS | MORE_LAYOUTS).get(layout, (1, {}))
             pairs = "offline" if "offline" in kind else "online"
-            groups = {"parallel": parallel, "save": {"export": True}, **KINDS.get(kind, {})}
+            groups = {"parallel": parallel, "save": {"export": True}, "evaluation": {"every": 3}, **KINDS.get(kind, {})}
             if kind != "online" and layout in SAMPLED_IN:
                 groups["generation"] = {"parallel": {"tensor": SAMPLED_IN[layout]}}
             tree = options(inputs[kind if kind in inputs else pairs], folder / kind / layout, pairs, **groups)

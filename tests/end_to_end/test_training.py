@@ -18,7 +18,7 @@ STEPS = 24
 def run_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "run"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    options = [f"run.dir={folder}", f"train.steps={STEPS}", "save.every=10", "evaluation.every=12", "evaluation.max_prompts=64"]
+    options = [f"run.dir={folder}", f"train.steps={STEPS}", "save.every=10", f"evaluation.every={STEPS}", "evaluation.max_prompts=64"]
     options += ["profile.steps=[10]", "profile.ranks=[1]"]
     command = [*torchrun, "launchers/train.py", "--config-name", "online_dpo", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
