@@ -21,6 +21,8 @@ def precision_rules(cfg: Config, hf_config: dict[str, Any] | None) -> Iterator[s
     for name in ("fp8_weights", "bf16_first_layers", "bf16_last_layers", "bf16_layers"):
         if getattr(p, name) and not p.fp8:
             yield f"precision.{name}={show(getattr(p, name))} is about FP8, but precision.fp8=null; use precision=fp8_current, or leave it out"
+    if p.fp8 == "mxfp8" and p.fp8_weights:
+        yield "precision.fp8_weights=true gathers weights in ways that precision.fp8=mxfp8 has not; leave it out, or use precision=fp8_current"
     for name in ("gradients", "moments"):
         if getattr(p, name) != "fp32" and p.dtype == "fp32":
             yield f"precision.{name}={getattr(p, name)} would be less exact than precision.dtype=fp32; use precision=bf16, or fp32 here too"

@@ -1,6 +1,7 @@
 """What a GPU alone can show: Transformer Engine's kernels and FP8 against plain torch, graphs, memory between phases.
 
-Skipped, with the reason, where the machine lacks a GPU or a library. The bounds of FP8 are first guesses until these tests have run on one.
+Skipped, with the reason, where the machine lacks a GPU or a library. The bounds of FP8 are those of Transformer Engine's
+Python with FP8 computed on a CPU (docs/gpu.md) until these tests have run on one.
 """
 
 import pytest
@@ -20,8 +21,9 @@ WIDE = dict(
     head_dim=64,
 )
 NEW_TOKENS = 64
-# Of a completion token's log-probability against fp32 in plain torch: mean of the absolute difference.
-BOUNDS = {"bf16": 0.02, "fp8_delayed": 0.2, "fp8_current": 0.1, "fp8_blockwise": 0.1}
+# Of a completion token's log-probability against fp32 in plain torch: mean of the absolute difference. Computed on a CPU: 0.011, in FP8 0.11.
+BOUNDS = {"bf16": 0.02, "fp8_delayed": 0.2, "fp8_current": 0.2, "fp8_blockwise": 0.2}
+TIES = {"bf16": 0.05, "fp8_delayed": 0.5, "fp8_current": 0.5, "fp8_blockwise": 0.5}  # of logits, within which a token may be either
 
 NO_TE = machine().lacks("Transformer Engine")
 NO_DECODING = "there is no GPU" if machine().capability is None else no_decoding_attention(machine())
@@ -120,7 +122,7 @@ def test_fp8_is_as_near_as_its_recipe_allows(folder, precision):
 
 
 def generated(folder: str, precision: str, kernels: dict):
-    """Greedy completions of the engine, the argmax of a forward pass over each of them, and the memory before, during and after a call."""
+    """Greedy completions of the engine after the weights have changed, the argmax of a forward pass over each of them, and memory after each call."""
     import torch
 
     from megapref.config import Generation
@@ -134,15 +136,20 @@ def generated(folder: str, precision: str, kernels: dict):
     draw = lambda logits, requests, positions: sample(logits, None, Sampling(temperature=0))  # noqa: E731
     is_gpu = torch.cuda.is_available()
     held = []
-    for _ in range(2):  # the first call makes what stays
+    for factor in (1.0, -1.0):  # the first call makes what stays
+        for parameter in chunk.parameters():
+            parameter.data.mul_(factor if parameter.ndim == 2 else 1.0)
         completions = engine.generate(prompts, draw, [NEW_TOKENS] * len(prompts), -1)
         held.append(torch.cuda.memory_allocated() if is_gpu else 0)
+    chunk.set_is_first_microbatch()
     cache = engine.config.buffer_size_gb * 2**30
     argmaxes, margins = [], []
     for prompt, completion in zip(prompts, completions, strict=True):
         ids = torch.tensor([prompt + completion], device=current())
+        end = ids.shape[1] - 1
+        ids = torch.nn.functional.pad(ids, (0, -ids.shape[1] % 128))  # as FP8 wants them; no token sees a later one
         with torch.no_grad():
-            logits = chunk(ids, torch.arange(ids.shape[1], device=ids.device)[None], None)[0, len(prompt) - 1 : -1].float()
+            logits = chunk(ids, torch.arange(ids.shape[1], device=ids.device)[None], None)[0, len(prompt) - 1 : end].float()
         argmaxes.append(logits.argmax(-1).tolist())
         best = logits.topk(2).values
         margins.append((best[:, 0] - best[:, 1]).tolist())
@@ -159,10 +166,12 @@ def differing(completions, argmaxes, margins, tie: float) -> int:
     )
 
 
+@needs_te
 @needs_decoding
-def test_the_engine_decodes_what_the_training_forward_predicts_and_frees_its_cache(folder):
-    completions, argmaxes, margins, held, cache = run_distributed(generated, 1, folder, "bf16", {})[0]
-    assert differing(completions, argmaxes, margins, tie=0.05) == 0
+@pytest.mark.parametrize("precision", ["bf16", "fp8_delayed", "fp8_current", "fp8_blockwise"])
+def test_the_engine_decodes_what_the_training_forward_predicts_and_frees_its_cache(folder, precision):
+    completions, argmaxes, margins, held, cache = run_distributed(generated, 1, folder, precision, {})[0]
+    assert differing(completions, argmaxes, margins, TIES[precision]) == 0
     assert held[1] - held[0] < 0.01 * cache
 
 

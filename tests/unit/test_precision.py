@@ -28,6 +28,7 @@ def test_rows_are_padded_for_layout_and_matrix_products_together():
 @pytest.mark.parametrize("overrides, message", [
     (["precision.fp8=current"], "precision.fp8=current is for the matrix products of a bf16 model, but precision.dtype=fp32; use precision=fp8_"),
     (["precision=bf16", "precision.fp8_weights=true"], "precision.fp8_weights=true is about FP8, but precision.fp8=null"),
+    (["precision=mxfp8", "precision.fp8_weights=true"], "in ways that precision.fp8=mxfp8 has not; leave it out, or use precision=fp8_current"),
     (["precision=bf16", "precision.bf16_layers=[1]"], "precision.bf16_layers=[1] is about FP8"),
     (["precision=fp8_current", "precision.bf16_layers=[4]"], "precision.bf16_layers=[4] names layer 4, the model's are 0 to 3"),
     (["precision=fp8_current", "precision.bf16_first_layers=2", "precision.bf16_last_layers=2"], "all of the model's 4 layers would stay in bf16"),
