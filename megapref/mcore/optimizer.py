@@ -46,6 +46,7 @@ def build_optimizer(chunks: list[DistributedDataParallel], optimizer: config.Opt
         use_distributed_optimizer=True,
         fp8_recipe=chunks[0].config.fp8_recipe if precision.fp8 else None,
         use_precision_aware_optimizer=precision.moments != "fp32",
+        store_param_remainders=False,  # of float32 weights, beside those in bf16: Core (0.19) cannot load them from a checkpoint
         exp_avg_dtype=_MOMENTS[precision.moments],
         exp_avg_sq_dtype=_MOMENTS[precision.moments],
         optimizer_cpu_offload=optimizer.offload > 0,

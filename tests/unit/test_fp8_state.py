@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import torch
 
+from megapref.config import Optimizer, Precision
+from megapref.mcore import optimizer as optimizers
 from megapref.mcore.model import set_weight
 from megapref.mcore.sharded_state import load_module, load_optimizer
 
@@ -65,3 +67,11 @@ def test_moments_in_fp8_are_loaded_with_a_scale_that_fits_them():
     load_optimizer(SimpleNamespace(chained_optimizers=[part]), {"param_state": saved}, 7.0)
     assert weights.equal(torch.ones(2)) and adam.param_groups[0]["step"] == 7
     assert set(adam.scaled) == {"exp_avg", "exp_avg_sq"} and adam.scaled["exp_avg_sq"].equal(saved["exp_avg_sq"])
+
+
+def test_weights_in_float32_are_kept_whole_as_core_cannot_load_their_lower_halves(monkeypatch):
+    made = []
+    monkeypatch.setattr(optimizers, "OptimizerConfig", lambda **options: SimpleNamespace(**options))  # Core's asks for Transformer Engine
+    monkeypatch.setattr(optimizers, "get_megatron_optimizer", lambda options, chunks: made.append(options) or SimpleNamespace(chained_optimizers=[]))
+    optimizers.build_optimizer([], Optimizer(lr=1e-3), Precision(dtype="bf16", moments="bf16"))
+    assert made[0].use_precision_aware_optimizer and not made[0].store_param_remainders
