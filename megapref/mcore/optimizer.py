@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -13,6 +15,7 @@ from megapref import config
 from megapref.mcore import cpu
 
 _MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint8}  # Core's names
+_ALL_BUT_0 = 1e-30  # such that the largest number of FP8 over it is finite
 
 
 def wrap_for_training(chunks: list[torch.nn.Module], precision: config.Precision | None = None) -> list[DistributedDataParallel]:
@@ -55,12 +58,24 @@ def build_optimizer(chunks: list[DistributedDataParallel], optimizer: config.Opt
     with cpu.core_calls():
         built = get_megatron_optimizer(options, chunks)
     for part in built.chained_optimizers:
+        if precision.moments == "fp8" and hasattr(part.optimizer, "_apply_scale"):
+            part.optimizer._apply_scale = partial(_apply_scale, part.optimizer._apply_scale)
         for group in part.optimizer.param_groups:
             group["weight_decay"] *= group["wd_mult"]  # 0 for norms and biases; left to the scheduler in Core, which is not used here
         if isinstance(part.optimizer, torch.optim.AdamW):  # neither Transformer Engine nor apex: torch's own single-pass kernel
             for group in part.optimizer.param_groups:
                 group["fused"], group["foreach"] = True, False
     return built
+
+
+def _apply_scale(original: Callable[..., None], name: str, moments: torch.Tensor, *rest) -> None:
+    """Transformer Engine's (2.20): puts moments into FP8, scaled.
+
+    Those that are all 0, as of an expert without tokens, would become NaN, divided by the largest: one of them is all but 0 here.
+    """
+    first = moments.view(-1)[:1]
+    first.copy_(first.where(first != 0, _ALL_BUT_0))
+    original(name, moments, *rest)
 
 
 def apply_gradients(optimizer, grad_norm: float, lr: float) -> None:

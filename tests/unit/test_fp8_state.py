@@ -75,3 +75,14 @@ def test_weights_in_float32_are_kept_whole_as_core_cannot_load_their_lower_halve
     monkeypatch.setattr(optimizers, "get_megatron_optimizer", lambda options, chunks: made.append(options) or SimpleNamespace(chained_optimizers=[]))
     optimizers.build_optimizer([], Optimizer(lr=1e-3), Precision(dtype="bf16", moments="bf16"))
     assert made[0].use_precision_aware_optimizer and not made[0].store_param_remainders
+
+
+def test_moments_that_are_all_zero_have_a_scale_in_fp8():
+    def apply(name, moments, scale):  # as Transformer Engine's
+        scale.copy_(moments.abs().max() / 448)
+        moments.div_(scale)
+
+    for values in ([0.0, 0.0], [0.0, -4.0], [2.0, -4.0]):
+        moments, scale = torch.tensor(values), torch.ones(())
+        optimizers._apply_scale(apply, "exp_avg", moments, scale)
+        assert moments.isfinite().all() and torch.allclose(moments * scale, torch.tensor(values), atol=1e-29)
