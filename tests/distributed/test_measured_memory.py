@@ -10,7 +10,7 @@ from tiny_models import make_checkpoint
 
 from megapref.batch import TokenPair
 from megapref.convert.families import read_spec
-from megapref.plan.memory import optimizer_bytes, stage_activations, stage_memory
+from megapref.plan.memory import stage_activations, stage_memory
 from megapref.plan.shapes import Layout, Sizes, num_parameters
 from megapref.plan.workload import Job, PairLengths, rank_packs
 
@@ -133,9 +133,9 @@ def test_what_stays_is_exact(folders, name, layout):
         for part in ("weights", "gradients", "reference", "tables"):
             assert {rank[part] for rank in measured} == {getattr(predicted, part)}, part
         # Ranks share the optimizer's state: all of it is there once for each tensor-parallel rank, and none holds more than its share.
-        assert sum(rank["optimizer"] for rank in measured) == optimizer_bytes(job) * num_parameters(spec, layout, stage) * layout.tensor
+        assert sum(rank["optimizer"] for rank in measured) == job.optimizer_bytes * num_parameters(spec, layout, stage) * layout.tensor
         assert max(rank["optimizer"] for rank in measured) <= predicted.optimizer
-        assert predicted.optimizer * layout.data == optimizer_bytes(job) * predicted.gradients // 4
+        assert predicted.optimizer * layout.data == job.optimizer_bytes * predicted.gradients // 4
 
 
 @pytest.mark.parametrize("lengths", [MANY, LONG], ids=["many", "long"])
