@@ -7,7 +7,7 @@ setup:           ## make .venv (pinned packages, this checkout)
 	@tools/setup_environment.sh
 
 demo: setup      ## set up, then train the embedded demo by online DPO on two processes
-	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/torchrun --nproc-per-node 2 launchers/train.py --config-name online_dpo
+	@CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/torchrun --nproc-per-node 2 launchers/train.py --config-name online_dpo
 
 test: setup      ## set up, then pass the tests
 	@.venv/bin/ruff check . && .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)

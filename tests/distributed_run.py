@@ -22,6 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 _workers: list = []  # (process, connection)
 # Ports below those that Linux gives to whoever asks for any: none is taken before it is used. Tests that run side by side have shares of them.
 _PORTS = range(10000, 20000)
@@ -102,17 +104,19 @@ def _run_rank(path: list[str], rank: int, world_size: int, port: int, error: str
     descriptor = os.open(error, os.O_WRONLY | os.O_CREAT)
     os.dup2(descriptor, 2)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    import torch
-
     gc.freeze()  # see _serve
     torch.set_num_threads(1)
     function(*args)
 
 
 def _forking() -> multiprocessing.context.BaseContext:
-    """Forks processes from one that has imported what is slow to import, and has done nothing else."""
+    """Forks processes from one that has imported what is slow to import, and has done nothing else; on a GPU not even that.
+
+    Core's import asks whether there is a GPU, and a process that has asked cannot be forked to use it.
+    """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megapref.train", "numpy.ma", "pandas", "megatron.core.models.mimo"])
+    if not torch.cuda.is_available():
+        context.set_forkserver_preload(["megapref.train", "numpy.ma", "pandas", "megatron.core.models.mimo"])
     return context
 
 
@@ -137,8 +141,6 @@ def _stop_workers() -> None:
 
 def _serve(connection, rank: int) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1")
-    import torch
-
     gc.freeze()  # what is imported is never garbage: Core, which collects at every save, would copy its memory
     torch.set_num_threads(1)
     while True:

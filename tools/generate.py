@@ -16,13 +16,14 @@ import torch
 import yaml
 
 from megapref.batch import Prompt
-from megapref.config import Generation, Parallel, resolve_path
+from megapref.config import Generation, Parallel, Precision, resolve_path
 from megapref.convert.families import read_spec
 from megapref.convert.hf import find_model, load_hf
 from megapref.data.chat import load_tokenizer
 from megapref.inference.engine import make_generate
 from megapref.mcore import checkpoint, setup
 from megapref.mcore.generation import Engine
+from megapref.mcore.kernels import machine
 from megapref.mcore.model import build_model
 
 
@@ -89,7 +90,7 @@ def _load(path: Path) -> tuple[list[torch.nn.Module], Path]:
     source = yaml.safe_load((path / "config.yaml").read_text())["model"]["path"] if newest else str(exported if is_run else path)
     folder = find_model(resolve_path(source))
     spec = read_spec(folder)
-    chunks = build_model(spec, Parallel())
+    chunks = build_model(spec, Parallel(), Precision("fp32" if machine().capability is None else "bf16"))
     if newest:
         checkpoint.load_weights(chunks, newest)
     else:

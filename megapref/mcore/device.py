@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import resource
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -12,10 +14,29 @@ _CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 def current() -> torch.device:
-    """The device of this process: its local GPU, or the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cpu")
+    """The device of this process: its local GPU, or the CPU. ValueError where more processes than GPUs were started."""
+    return torch.device("cuda", _own_gpu()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@cache
+def _own_gpu() -> int:
+    return gpu_number(os.environ, torch.cuda.device_count())
+
+
+def gpu_number(environment: Mapping[str, str], visible: int) -> int:
+    """Which of the GPUs that this process sees is its own: that of its rank on the machine, or the one that a launcher has left visible.
+
+    ValueError where there is none left for it.
+    """
+    local = int(environment.get("LOCAL_RANK", 0))
+    if local < visible:
+        return local
+    if visible == 1 and "TORCHELASTIC_RUN_ID" not in environment:  # such as by srun --gpus-per-task=1; torchrun shows all GPUs to all
+        return 0
+    raise ValueError(
+        f"process {local} of this machine (LOCAL_RANK, from 0) has no GPU: there are {visible}; start at most {visible} processes a machine, "
+        "or set CUDA_VISIBLE_DEVICES= (to nothing) to compute on the CPU"
+    )
 
 
 def backend() -> str:

@@ -169,9 +169,9 @@ class Engine:
         opponent: torch.nn.Module | None = None,
         groups: ProcessGroupCollection | None = None,
     ):
-        if missing := no_decoding_attention(machine()):
-            raise ValueError(missing)
         self.model = unwrap_model(chunk)
+        if missing := no_decoding_attention(machine(), "fp32" if self.model.config.params_dtype == torch.float32 else "bf16"):
+            raise ValueError(missing)
         self.opponent = opponent and unwrap_model(opponent)
         # Core pads batches to its own multiples and asserts that there is room for them.
         slots = DynamicInferenceContext.round_up_requests(generation.max_requests)

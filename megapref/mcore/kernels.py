@@ -106,7 +106,7 @@ def check_machine(cfg: Config, found: Machine) -> None:
     if cfg.parallel.tp_comm_overlap and (missing := found.lacks("Transformer Engine")):
         raise ValueError(f"parallel.tp_comm_overlap=true needs Transformer Engine's userbuffers: {missing}; use false")
     is_online = cfg.method.pairs == "online" and cfg.run.action == "train"
-    if is_online and (missing := no_decoding_attention(found)):
+    if is_online and (missing := no_decoding_attention(found, cfg.precision.dtype)):
         raise ValueError(f"method.pairs=online: {missing}, or use method.pairs=offline")
 
 
@@ -121,8 +121,10 @@ def _check_options(precision: Precision, kernels: Kernels, found: Machine) -> No
             raise ValueError(f"kernels.{name}=te needs Transformer Engine: {missing}; use kernels.{name}=auto or torch")
 
 
-def no_decoding_attention(found: Machine) -> str | None:
-    """Why Core's engine cannot decode on this GPU, and what to install; None where it can, or there is no GPU."""
+def no_decoding_attention(found: Machine, dtype: str = "bf16") -> str | None:
+    """Why Core's engine cannot decode on this GPU, and what would do; None where it can, or there is no GPU."""
+    if found.capability and dtype == "fp32":
+        return "generation on a GPU is by FlashAttention, which has no precision.dtype=fp32; use precision=bf16"
     states = {name: found.libraries.get(name, "not installed") for name, *_ in OPTIONAL if name.startswith("flash-attn")}
     if found.capability is None or any(_WORKS.match(state) for name, state in states.items() if name != "flash-attn"):
         return None

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 from megapref.config import Config, Kernels, Optimizer, Precision, load
 from megapref.mcore import setup  # noqa: F401  makes Core importable without a GPU
+from megapref.mcore.device import gpu_number
 from megapref.mcore.kernels import Machine, check_machine, choose, machine, no_decoding_attention
 
 TE = {"Transformer Engine": "2.20.2"}
@@ -37,6 +38,21 @@ def test_overlap_without_transformer_engine_is_refused_before_anything_starts():
     with pytest.raises(ValueError, match=r"parallel.tp_comm_overlap=true needs Transformer Engine's userbuffers: there is no GPU; use false"):
         check_machine(cfg, CPU)
     check_machine(cfg, H100)
+
+
+@pytest.mark.parametrize("environment, visible, number", [
+    ({}, 1, 0),
+    ({"LOCAL_RANK": "3"}, 8, 3),
+    ({"LOCAL_RANK": "3"}, 1, 0),  # a launcher has left it one of its own
+    ({"LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "x"}, 1, None),
+    ({"LOCAL_RANK": "3"}, 2, None),
+])
+def test_a_process_has_a_gpu_of_its_own(environment, visible, number):
+    if number is not None:
+        assert gpu_number(environment, visible) == number
+        return
+    with pytest.raises(ValueError, match=rf"process {environment['LOCAL_RANK']} of this machine .* start at most {visible} .* CUDA_VISIBLE_DEVICES="):
+        gpu_number(environment, visible)
 
 
 def test_this_machine_runs_in_torch():
@@ -119,6 +135,15 @@ def test_moments_and_offloading_need_what_they_need():
 ])
 def test_generation_names_the_attention_package_to_install(found, message):
     assert (no_decoding_attention(found) is None) if message is None else (message in no_decoding_attention(found))
+
+
+def test_generation_in_fp32_is_for_the_cpu():
+    assert "which has no precision.dtype=fp32; use precision=bf16" in no_decoding_attention(H100, "fp32")
+    assert no_decoding_attention(CPU, "fp32") is None
+    with pytest.raises(ValueError, match=r"method.pairs=online: generation on a GPU .* use precision=bf16, or use method.pairs=offline"):
+        check_machine(load("online_dpo", []), H100)
+    check_machine(load("online_dpo", ["precision=bf16"]), H100)
+    check_machine(load("online_dpo", []), CPU)
 
 
 @pytest.mark.parametrize("recipe, rows", [(None, 1), ("delayed", 16), ("current", 16), ("blockwise", 128), ("mxfp8", 32)])
