@@ -24,14 +24,13 @@ hypothesis.settings.load_profile("untimed")
 # Some tests kill processes: a core dump of one would be gigabytes in the current directory.
 resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
 
+FOLDERS = ("end_to_end", "distributed", "parity")  # those that take longest first
+
 
 def pytest_configure(config) -> None:
     """Tests compute on the CPU whatever the machine has, but for those in gpu/ where they are all that is asked for."""
     if not all("gpu" in Path(argument.partition("::")[0]).parts for argument in config.args):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-
-
-FOLDERS = ("end_to_end", "distributed", "parity")
 
 
 def pytest_collection_modifyitems(items) -> None:

@@ -190,8 +190,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--config-dir", help="more recipes and groups")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--launcher", choices=("fork", "torchrun"), default="torchrun" if torch.cuda.is_available() else "fork",
-                        help="how the run is started every time; a GPU allows torchrun only")
+    launchers = ("torchrun",) if torch.cuda.is_available() else ("fork", "torchrun")  # what was forked cannot use a GPU
+    parser.add_argument("--launcher", choices=launchers, default=launchers[0], help="how the run is started every time")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and victims")
     parser.add_argument("--dir", type=Path, default=Path("runs/chaos"), help="where the runs go; must not exist")
     options, overrides = parser.parse_known_args(argv)

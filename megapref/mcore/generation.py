@@ -207,11 +207,12 @@ class Engine:
         """
         was_training = self.model.training
         self.model.eval()
-        for model in filter(None, (self.model, self.opponent)):
+        models = [model for model in (self.model, self.opponent) if model]
+        for model in models:
             model.set_is_first_microbatch()  # Transformer Engine's layers keep their weights in FP8, as they were at an earlier step
         self.sampler.draw = draw
         completions: list[list[int] | None] = [None] * len(prompts)
-        with torch.no_grad(), cpu.core_calls(), overlap.paused([self.model, *filter(None, [self.opponent])]):
+        with torch.no_grad(), cpu.core_calls(), overlap.paused(models):
             engine = self._start(coefficient)
             engine.controller.set_stop_word_finished_ids_callback(ends and _ended(engine.controller, ends))
             try:

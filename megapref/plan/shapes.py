@@ -115,16 +115,20 @@ def num_parameters(spec: ModelSpec, layout: Layout = Layout(), stage: int = 0) -
 
 def layer_matmul_parameters(spec: ModelSpec, tensor: int) -> int:
     """Parameters of one layer that are matrices, on a tensor-parallel rank, and multiply a token: every one, or those of its experts."""
-    names = [(name, kind) for name, (kind, _) in spec.weights.items() if "{layer}" in name and len(_whole_shape(name, spec, 1)) > 1]
-    times = {name: spec.transformer["moe_router_topk"] if "{expert}" in name else 1 for name, _ in names}
-    return sum(times[name] * _shard_size(name, kind, spec, tensor) for name, kind in names)
+    return sum((spec.transformer["moe_router_topk"] if "{expert}" in name else 1) * size for name, size in _layer_matrices(spec, tensor))
 
 
 def matrix_parameters(spec: ModelSpec, layout: Layout, stage: int) -> int:
     """Of the parameters that a rank of a stage holds, those of its layers that are matrices."""
     layers = stage_layers(spec.transformer["num_layers"], layout.pipeline)[stage]
-    names = [(name, kind) for name, (kind, _) in spec.weights.items() if "{layer}" in name and len(_whole_shape(name, spec, 1)) > 1]
-    return layers * sum(_copies(name, spec) * _shard_size(name, kind, spec, layout.tensor) for name, kind in names)
+    return layers * sum(_copies(name, spec) * size for name, size in _layer_matrices(spec, layout.tensor))
+
+
+def _layer_matrices(spec: ModelSpec, tensor: int) -> Iterator[tuple[str, int]]:
+    """(name in ModelSpec.weights, elements of a tensor-parallel rank's part) of every matrix that a layer has."""
+    for name, (kind, _) in spec.weights.items():
+        if "{layer}" in name and len(_whole_shape(name, spec, 1)) > 1:
+            yield name, _shard_size(name, kind, spec, tensor)
 
 
 def buffer_size(spec: ModelSpec, layout: Layout, stage: int) -> int:

@@ -87,7 +87,7 @@ def attention_flops(spec: ModelSpec, layout: Layout, packs: PackSizes) -> float:
 
 
 def forward_flops(spec: ModelSpec, layout: Layout, packs: PackSizes) -> tuple[float, float, float]:
-    """Operations of a rank's forward pass: (matrix products and attention of the largest stage's layers, head)."""
+    """Operations of a rank's forward pass: (matrix products of the largest stage's layers, their attention, head)."""
     layers = max(stage_layers(spec.transformer["num_layers"], layout.pipeline))
     linear = 2 * layers * layer_matmul_parameters(spec, layout.tensor) * packs.tokens / layout.context
     head = 2 * spec.transformer["hidden_size"] * spec.padded_vocab_size(layout.tensor) / layout.tensor * packs.trained / layout.context
